@@ -1,0 +1,158 @@
+"""The configuration of a FacT adapter and every check that needs no model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from .adapter_file import check_adapter_folder
+from .decomposition import DECOMPOSITIONS
+
+
+@dataclass
+class FacTConfig(PeftConfig):
+    """Configuration of FacT, Factor-Tuning (Jie & Deng, AAAI 2023, arXiv 2212.03145).
+
+    The increments of all targeted linear layers of one width are one tensor, factorized as ``dW_k = scale * U Sigma_k
+    V^T`` with U and V shared by all layers. A ViT-B/16 gets 21,504 trainable parameters at the default rank of 8.
+
+    Args:
+        rank: Rank r of the factors, at least 1 and at most the width of the narrowest targeted layer.
+        decomposition: ``"tt"``, tensor-train (eq. 8): one r x r core per slice. ``"tk"``, Tucker (eq. 10): the cores
+            are mixtures of r shared ones; fewer parameters from about rank 16 on.
+        scale: Factor s in front of the increment, finite and not zero. Acts like a learning rate on the factors; the
+            paper searches 0.01, 0.1, 1, 10 and 100 per task.
+        fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
+        target_modules: Linear layers to adapt, as in every PEFT method: name suffixes, one regex that matches whole
+            names, or ``"all-linear"``. None: all linear layers inside the repeated transformer blocks, found by
+            structure.
+        exclude_modules: Layers not to adapt, as name suffixes or one regex.
+        layers_to_transform: Index or indices of the blocks to adapt; None for all.
+        layers_pattern: Name of the block container (such as ``"layers"``) that `layers_to_transform` counts in.
+        modules_to_save: Modules trained in full and saved with the adapter. None: the classifier of a classification
+            model, as the method defines; ``[]``: none.
+        bias: Which biases to train: ``"none"``, ``"all"``, or ``"fact_only"`` for those of the adapted layers.
+        fan_in_fan_out: True if the adapted layers store their weight as (in, out). transformers' ``Conv1D`` is
+            recognised without it.
+        init_weights: True: the authors' initialisation, V = 0, so that an untrained adapter changes nothing. False:
+            every factor random.
+        layout: Which layer owns which slices. Filled in when the adapter is created, saved with it, and compared with
+            the model when the adapter is loaded; not for users to set.
+
+    Raises:
+        ValueError: If a value has the wrong type or is out of its range; the message names argument, value, range and
+            a likely fix.
+    """
+
+    rank: int = field(default=8, metadata={"help": "Rank r of the factors."})
+    decomposition: Literal["tt", "tk"] = field(
+        default="tt", metadata={"help": "'tt' (tensor-train, eq. 8) or 'tk' (Tucker, eq. 10)."}
+    )
+    scale: float = field(default=1.0, metadata={"help": "Factor s in front of the increment."})
+    fact_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout probability on the activation between core and V."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers to adapt: name suffixes, a regex, or 'all-linear'. "
+            "None: all linear layers inside the repeated transformer blocks."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Layers not to adapt: name suffixes or a regex."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt. None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the block container that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained in full and saved. None: the classifier, if there is one. []: none."},
+    )
+    bias: Literal["none", "all", "fact_only"] = field(
+        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'fact_only'."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "True if the adapted layers store their weight as (in, out)."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: V = 0, so dW = 0 at the start. False: every factor random."}
+    )
+    layout: list[str] | None = field(
+        default=None, metadata={"help": "Which layer owns which slices; filled in when the adapter is created."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("FACT")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
+        self._check_rank()
+        self._check_choice("decomposition", tuple(DECOMPOSITIONS))
+        self._check_choice("bias", ("none", "all", "fact_only"))
+        self._check_number("scale")
+        if self.scale == 0:
+            raise ValueError("scale=0 switches the adapter off for good; use a scale in [0.01, 100], 1.0 is a safe start.")
+        self._check_number("fact_dropout")
+        if not 0 <= self.fact_dropout < 1:
+            raise ValueError(
+                f"fact_dropout={self.fact_dropout!r} is not a probability in [0, 1); the paper uses 0.1, 0.0 is off."
+            )
+        for name in ("fan_in_fan_out", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a bool; pass True or False.")
+        self._check_layer_selection()
+
+    def _check_rank(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
+            raise ValueError(f"rank={self.rank!r} is not an integer; pass a whole number of at least 1, such as rank=8.")
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} is less than 1; pass a whole number of at least 1, such as rank=8.")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+    def _check_number(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name}={value!r} is not a number; pass a float.")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} is not finite; pass an ordinary float.")
+
+    def _check_layer_selection(self) -> None:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, the block indices to adapt; "
+                "pass both or neither."
+            )
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            if self.layers_to_transform is not None:
+                raise ValueError(
+                    f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regex "
+                    f"target_modules={self.target_modules!r}; name the blocks in the regex instead."
+                )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Load the configuration of a saved adapter; see `PeftConfig.from_pretrained`.
+
+        Raises:
+            ValueError: If the adapter file beside a local configuration is damaged, renamed or holds numbers that are
+                not finite. Found here, before PEFT changes the model the adapter is for.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_adapter_folder(Path(pretrained_model_name_or_path, subfolder or ""))
+        return config

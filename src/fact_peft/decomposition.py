@@ -1,0 +1,146 @@
+r"""The idea of FacT: one stack of weight increments, written with factors that all its slices share.
+
+Slice k of a stack of N slices is (Jie & Deng, AAAI 2023)
+
+    dW_k = s * U Sigma_k V^T        U (d x r), Sigma_k (r x r), V (e x r), s a fixed scale
+
+and the two members of the family differ only in how the N cores Sigma_k are written:
+
+    tensor-train (eq. 8):   Sigma itself is learned, N x r x r
+    Tucker (eq. 10):        Sigma_k = sum_t P[k, t] C[t]   with C (r x r x r) and P (N x r)
+
+A linear layer of a x b slices has the increment, in the paper's orientation y = x (W + dW),
+
+    dW = s * (I_a (x) U) Core (I_b (x) V)^T      Core (a r x b r): its slices' cores as one block matrix
+
+where (x) is the Kronecker product: every input block is read with the same U, every output block written with the same
+V. `contract` multiplies by the first two terms, `expand` by the last; the increment is these two applied to the
+identity, the forward pass these two applied to the layer's input.
+
+Letters: d inputs of a slice, e outputs of a slice, a and b input and output blocks of a layer, r rank, N slices.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def blockwise(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (I (x) matrix): multiply every block of `x` (..., n p) by the same `matrix` (p, q), to (..., n q)."""
+    if x.shape[-1] == matrix.shape[0]:
+        return x @ matrix
+    return (x.unflatten(-1, (-1, matrix.shape[0])) @ matrix).flatten(-2)
+
+
+def core_matrix(cores: Tensor) -> Tensor:
+    """The cores (a, b, r, r) of a layer's slices as one block matrix (a r, b r)."""
+    return cores.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def contract(x: Tensor, U: Tensor, core: Tensor) -> Tensor:
+    """x (I_a (x) U) Core: from the layer's input (..., a d) to (..., b r)."""
+    return blockwise(x, U) @ core
+
+
+def contract_identity(U: Tensor, core: Tensor) -> Tensor:
+    """`contract` of the identity (a d, a d), which is never built: its blockwise product with U is I_a (x) U."""
+    num_in_blocks = core.shape[0] // U.shape[1]
+    return torch.kron(torch.eye(num_in_blocks, dtype=U.dtype, device=U.device), U) @ core
+
+
+def expand(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
+    """onto + s h (I_b (x) V)^T: from (..., b r) to (..., b e), added to `onto` in the pass that computes it."""
+    out_width, rank = V.shape
+    added = torch.addmm(onto.reshape(-1, out_width), h.reshape(-1, rank), V.t(), alpha=scale)
+    return added.view(onto.shape)
+
+
+def increment(U: Tensor, core: Tensor, V: Tensor, scale: float) -> Tensor:
+    """dW (a d, b e) of a layer, in the paper's orientation: the transpose of an ``nn.Linear`` weight's."""
+    h = contract_identity(U, core)
+    num_out_blocks = core.shape[1] // V.shape[1]
+    return expand(h, V, scale, onto=h.new_zeros(h.shape[0], num_out_blocks * V.shape[0]))
+
+
+def low_rank_pair(U: Tensor, core: Tensor, V: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Matrices A (q, a d) and B (b e, q) with dW^T = B A exactly and q = min(a, b) r: the increment as a LoRA pair."""
+    if core.shape[0] < core.shape[1]:  # fewer input than output blocks: the core goes to the output side
+        read = contract_identity(U, torch.eye(core.shape[0], dtype=U.dtype, device=U.device))
+        write = blockwise(core, V.t())
+    else:
+        read = contract_identity(U, core)
+        write = blockwise(torch.eye(core.shape[1], dtype=V.dtype, device=V.device), V.t())
+    return read.t().contiguous(), (scale * write).t().contiguous()
+
+
+class Decomposition(ABC):
+    """How the cores Sigma_k of a stack are written. U and V are the same for every member of the family."""
+
+    @abstractmethod
+    def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the factors behind the cores."""
+
+    @abstractmethod
+    def init_core(self, factors: Mapping[str, Tensor]) -> None:
+        """Fill those factors in place as the authors' code does."""
+
+    @abstractmethod
+    def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
+        """Sigma_k for the slices first <= k < first + count: (count, r, r)."""
+
+    def shapes(self, in_width: int, out_width: int, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all factors of a stack of `num_slices` slices of `in_width` x `out_width`."""
+        return {"U": (in_width, rank), "V": (out_width, rank), **self.core_shapes(num_slices, rank)}
+
+    @torch.no_grad()
+    def init(self, factors: Mapping[str, Tensor], zero_increment: bool) -> None:
+        """Initialise in place: U and V as the weights of ``nn.Linear(d, r)`` and ``nn.Linear(r, e)``.
+
+        With `zero_increment`, the authors' choice, V is zero and so is dW.
+        """
+        U, V = factors["U"], factors["V"]
+        init_as_linear(U, fan_in=U.shape[0])
+        if zero_increment:
+            nn.init.zeros_(V)
+        else:
+            init_as_linear(V, fan_in=V.shape[1])
+        self.init_core(factors)
+
+
+class TensorTrain(Decomposition):
+    """FacT-TT, eq. 8: the cores are learned as they are. 2 d r + N r^2 parameters for a square stack."""
+
+    def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"Sigma": (num_slices, rank, rank)}
+
+    def init_core(self, factors: Mapping[str, Tensor]) -> None:
+        init_as_linear(factors["Sigma"], fan_in=factors["Sigma"].shape[-1])
+
+    def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
+        return factors["Sigma"].narrow(0, first, count)
+
+
+class Tucker(Decomposition):
+    """FacT-TK, eq. 10: the cores are mixtures of r shared ones. 2 d r + N r + r^3 parameters for a square stack."""
+
+    def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"C": (rank, rank, rank), "P": (num_slices, rank)}
+
+    def init_core(self, factors: Mapping[str, Tensor]) -> None:
+        nn.init.xavier_uniform_(factors["C"])
+        nn.init.xavier_uniform_(factors["P"])
+
+    def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
+        P, C = factors["P"].narrow(0, first, count), factors["C"]
+        return (P @ C.flatten(1)).view(count, *C.shape[1:])
+
+
+DECOMPOSITIONS: dict[str, Decomposition] = {"tt": TensorTrain(), "tk": Tucker()}
+
+
+def init_as_linear(matrix: Tensor, fan_in: int) -> None:
+    """Uniform in +-1/sqrt(fan_in), the default of ``nn.Linear`` weights."""
+    bound = fan_in**-0.5
+    nn.init.uniform_(matrix, -bound, bound)

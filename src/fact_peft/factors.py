@@ -1,0 +1,104 @@
+"""The factors that all layers share, owned once.
+
+One `FacTStack` per slice shape is registered on the adapted model itself, under the name `FACTORS`; the layers hold an
+unregistered reference to it and read its factors at call time. So every factor is one parameter under one name: it is
+counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeRO) owns the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .config import FacTConfig
+from .decomposition import DECOMPOSITIONS, core_matrix
+from .tensorization import Slices
+
+# Does not contain PEFT's prefix "fact_": PEFT skips modules with the prefix in their name when it deletes adapters.
+FACTORS = "factors"
+
+
+class FacTLayer(BaseTunerLayer):
+    """Whatever of an adapted model belongs to FacT: what PEFT visits to switch, freeze or delete adapters."""
+
+
+class SharedFactors(nn.ModuleDict):
+    """The stacks of a model by slice shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass through, so that an ``nn.Sequential``, which calls all its children, can carry the factors too."""
+        return x
+
+
+class FacTStack(nn.Module, FacTLayer):
+    """The factors of all slices of one shape, for every adapter of the model.
+
+    Paper letters: ``fact_U`` (d, r), ``fact_V`` (e, r), ``fact_Sigma`` (N, r, r) for tensor-train, ``fact_C``
+    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. ``fact_layout`` is the
+    description of the whole adapter that the config takes to disk.
+    """
+
+    adapter_layer_names = ("fact_U", "fact_V", "fact_Sigma", "fact_C", "fact_P")
+    other_param_names = ("fact_scale", "fact_dropout", "fact_decomposition", "fact_layout")
+    # BaseTunerLayer looks these up in a base layer; a stack has none.
+    weight = None
+    bias = None
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.in_width = in_width
+        self.out_width = out_width
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.fact_scale: dict[str, float] = {}
+        self.fact_dropout: dict[str, float] = {}
+        self.fact_decomposition: dict[str, str] = {}
+        self.fact_layout: dict[str, list[str]] = {}
+        self.merged_adapters = []
+
+    def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:
+        """Create and initialise the factors of an adapter with `num_slices` slices in this stack."""
+        self.fact_scale[adapter_name] = float(config.scale)
+        self.fact_dropout[adapter_name] = float(config.fact_dropout)
+        self.fact_decomposition[adapter_name] = config.decomposition
+        self.fact_layout[adapter_name] = config.layout
+        decomposition = DECOMPOSITIONS[config.decomposition]
+        shapes = decomposition.shapes(self.in_width, self.out_width, num_slices, config.rank)
+        factors = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
+        decomposition.init(factors, zero_increment=config.init_weights)
+        for name, factor in factors.items():
+            getattr(self, f"fact_{name}")[adapter_name] = factor
+
+    def factors(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The factors of an adapter under their paper letters."""
+        holders = {name.removeprefix("fact_"): getattr(self, name) for name in self.adapter_layer_names}
+        return {name: holder[adapter_name] for name, holder in holders.items() if adapter_name in holder}
+
+    def read(self, adapter_name: str, slices: Slices) -> tuple[Tensor, Tensor, Tensor]:
+        """U (d, r), the core matrix (a r, b r) of a layer's slices, and V (e, r)."""
+        factors = self.factors(adapter_name)
+        cores = DECOMPOSITIONS[self.fact_decomposition[adapter_name]].cores(factors, slices.first, slices.count)
+        core = core_matrix(cores.unflatten(0, (slices.num_in_blocks, slices.num_out_blocks)))
+        return factors["U"], core, factors["V"]
+
+    @torch.no_grad()
+    def place(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Move the factors of an adapter, unless they are still on the meta device."""
+        for factor in self.factors(adapter_name).values():
+            if factor.device.type != "meta":
+                factor.data = factor.data.to(device=device, dtype=dtype)
+
+    # Merging happens in the layers, which also keep `merged_adapters` of the stack current; PEFT asks every tuner layer.
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        pass
+
+    def unmerge(self) -> None:
+        pass
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing to do: the first layer of the stack decides, see `FacTLinear`."""
+
+    def extra_repr(self) -> str:
+        return f"slices of {self.in_width}x{self.out_width}"

@@ -1,0 +1,159 @@
+"""One frozen linear layer plus its slices of the shared stack."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .decomposition import contract, expand, increment
+from .discovery import linear_shape
+from .factors import FacTLayer, FacTStack
+from .tensorization import Slices
+
+
+class FacTLinear(nn.Module, FacTLayer):
+    """``y = base_layer(x) + x dW`` with ``dW = s (I (x) U) Core (I (x) V)^T`` summed over the active adapters.
+
+    Holds no parameters of its own: for every adapter it knows the stack and its slices there, and reads the factors
+    when it is called.
+    """
+
+    other_param_names = ("fact_slices",)
+
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool) -> None:
+        """
+        Args:
+            base_layer: ``nn.Linear`` or transformers' ``Conv1D``; frozen and kept inside.
+            fan_in_fan_out: Whether its weight is stored as (in, out).
+        """
+        super().__init__()
+        self.base_layer = base_layer
+        shape = linear_shape(base_layer)
+        assert shape is not None
+        self.in_features, self.out_features = shape
+        self.fan_in_fan_out = fan_in_fan_out or isinstance(base_layer, Conv1D)
+        self.fact_slices: dict[str, Slices] = {}
+        # A plain dict hides the stacks from nn.Module, so that their factors belong to the model alone.
+        self._stacks: dict[str, FacTStack] = {}
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = []
+
+    def update_layer(self, adapter_name: str, slices: Slices, stack: FacTStack) -> None:
+        """Let an adapter own `slices` of `stack`, and place the stack where its first layer is."""
+        self.fact_slices[adapter_name] = slices
+        self._stacks[slices.stack] = stack
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _stack(self, adapter_name: str) -> FacTStack:
+        return self._stacks[self.fact_slices[adapter_name].stack]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter, and the stacks that no other one of this layer uses."""
+        super().delete_adapter(adapter_name)
+        in_use = {slices.stack for slices in self.fact_slices.values()}
+        self._stacks = {name: stack for name, stack in self._stacks.items() if name in in_use}
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.fact_slices)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.fact_slices:
+                y = self._add_increment(x, y, adapter_name)
+        return y
+
+    def _add_increment(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
+        """y + x dW, in the precision of the activations; autocast has the last word."""
+        stack = self._stack(adapter_name)
+        U, core, V = (factor.to(x.device) for factor in stack.read(adapter_name, self.fact_slices[adapter_name]))
+        h = contract(x, U.to(x.dtype), core.to(x.dtype))
+        h = nn.functional.dropout(h, stack.fact_dropout[adapter_name], self.training)
+        return expand(h.to(y.dtype), V.to(y.dtype), stack.fact_scale[adapter_name], onto=y)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The increment in the orientation of the base weight, at least in float32, on the device of the factors."""
+        stack = self._stack(adapter_name)
+        U, core, V = (
+            factor.to(torch.promote_types(factor.dtype, torch.float32))
+            for factor in stack.read(adapter_name, self.fact_slices[adapter_name])
+        )
+        delta = increment(U, core, V, stack.fact_scale[adapter_name])
+        return delta if self.fan_in_fan_out else delta.t()
+
+    def merged_weight(self, adapter_name: str, sign: int = 1, check: bool = False) -> Tensor:
+        """The base weight plus `sign` times the increment: added in float32 or better, then cast back.
+
+        Raises:
+            ValueError: With `check`, if the result holds NaN or infinity.
+        """
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(adapter_name).to(weight.device)
+        merged = (weight + sign * delta).to(weight.dtype).contiguous()
+        if check and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+        return merged
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the increments of adapters to the base weight.
+
+        Args:
+            safe_merge: Leave the weight as it is and raise if the result is not finite.
+            adapter_names: Which adapters; None for the active ones.
+
+        Raises:
+            ValueError: With `safe_merge`, if the merged weight would hold NaN or infinity.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.fact_slices:
+                continue
+            self.set_base_weight(self.merged_weight(adapter_name, check=safe_merge))
+            self._mark_merged(adapter_name)
+
+    def unmerge(self) -> None:
+        """Subtract the increments of all merged adapters again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+        while self.merged:
+            adapter_name = self.merged_adapters[-1]
+            self.set_base_weight(self.merged_weight(adapter_name, sign=-1))
+            self._mark_unmerged(adapter_name)
+
+    def _mark_merged(self, adapter_name: str) -> None:
+        for owner in (self, self._stack(adapter_name)):
+            if adapter_name not in owner.merged_adapters:
+                owner.merged_adapters.append(adapter_name)
+
+    def _mark_unmerged(self, adapter_name: str) -> None:
+        for owner in (self, self._stack(adapter_name)):
+            if adapter_name in owner.merged_adapters:
+                owner.merged_adapters.remove(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Place the factors of an adapter with the first layer of their stack, in its dtype if that is a float's."""
+        if adapter_name not in self.fact_slices or self.fact_slices[adapter_name].first > 0:
+            return
+        base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is not None and not dtype.is_floating_point:
+            dtype = None
+        target = device if device is not None else base_device
+        if target is not None and target.type != "meta":
+            self._stack(adapter_name).place(adapter_name, target, dtype)
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}: slices {owned.first}-{owned.first + owned.count - 1} of {owned.stack}"
+            for name, owned in self.fact_slices.items()
+        )

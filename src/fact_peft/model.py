@@ -1,0 +1,196 @@
+"""The tuner: plans which layers own which slices, creates the shared factors, and wraps the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from .config import FacTConfig
+from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
+from .layer import FacTLinear
+from .planning import fill_in, is_targeted, plan_slices, remember_filled_in
+from .tensorization import Slices, stack_sizes
+
+
+class FacTModel(BaseTuner):
+    """Adapts a model with FacT; made by ``get_peft_model(model, FacTConfig(...))``.
+
+    The targeted linear layers become `FacTLinear`; the factors they share are registered once on the adapted model, as
+    ``model.factors``.
+
+    Raises:
+        NoMatchingPeftModuleError: If no layer of the model is targeted.
+        ValueError: If a target is not a linear layer, the rank exceeds a layer's width, or the config belongs to an
+            adapter of other layers. Model and config are then as they were.
+    """
+
+    prefix = "fact_"
+    tuner_layer_cls = FacTLayer
+    target_module_mapping: dict[str, Any] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Plan on names and shapes alone, then create the factors and wrap the layers; see `BaseTuner`.
+
+        `state_dict` is not looked at: the layers follow from the config and its layout.
+        """
+        config = self.peft_config[adapter_name]
+        config_before = dict(vars(config))
+        try:
+            given = fill_in(config, model)
+            self._plan = plan_slices(config, model)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except Exception:
+            vars(config).clear()
+            vars(config).update(config_before)
+            raise
+        remember_filled_in(config, given)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        return is_targeted(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, FacTConfig)
+        slices = self._plan[current_key]
+        stack = self._stack_for(slices)
+        if adapter_name not in stack.fact_scale:
+            stack.add_adapter(adapter_name, peft_config, stack_sizes(self._plan.values())[slices.stack])
+        if not isinstance(target, FacTLinear):
+            layer = FacTLinear(target, peft_config.fan_in_fan_out)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        target.update_layer(adapter_name, slices, stack)
+
+    def _stack_for(self, slices: Slices) -> FacTStack:
+        """The stack that holds `slices`, created where it is missing."""
+        if not hasattr(self.model, FACTORS):
+            setattr(self.model, FACTORS, SharedFactors())
+        stacks = getattr(self.model, FACTORS)
+        if slices.stack not in stacks:
+            stacks[slices.stack] = FacTStack(slices.in_width, slices.out_width)
+        return stacks[slices.stack]
+
+    def _linears(self) -> Iterator[FacTLinear]:
+        return (module for module in self.model.modules() if isinstance(module, FacTLinear))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT makes new parameters, which all require gradients; those of an adapter loaded for inference must not.
+        trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and the stacks that no other adapter uses.
+
+        Raises:
+            ValueError: If there is no such adapter, or it is merged.
+        """
+        super().delete_adapter(adapter_name)
+        stacks = getattr(self.model, FACTORS, {})
+        for name in [name for name, stack in stacks.items() if not stack.fact_scale]:
+            del stacks[name]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Add increments to the base weights; see `BaseTuner.merge_adapter`. A refused `safe_merge` changes nothing."""
+        if safe_merge:
+            self._check_merge_is_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merge_is_finite(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if hasattr(model, FACTORS):
+            delattr(model, FACTORS)
+        return model
+
+    def _check_merge_is_finite(self, adapter_names: list[str] | None) -> None:
+        """Raise before the first layer is merged rather than at the first bad one."""
+        for layer in self._linears():
+            for adapter_name in layer.active_adapters if adapter_names is None else adapter_names:
+                if adapter_name in layer.fact_slices:
+                    layer.merged_weight(adapter_name, check=True)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: FacT does not mix adapters within one batch; "
+                "call set_adapter and run one batch per adapter."
+            )
+        yield
+
+    # How an adapter goes to disk and comes back.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # The config may meanwhile have served another model; what it takes to disk is this one's layout.
+        for module in model.modules():
+            if isinstance(module, FacTStack) and adapter_name in module.fact_layout:
+                config.layout = module.fact_layout[adapter_name]
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As `BaseTuner`, and refuse factors that do not fit before the first one is copied.
+
+        Raises:
+            ValueError: If a factor is missing, has another shape than in the model, or is not finite.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        problems = []
+        for name, parameter in model.named_parameters():
+            if f".{cls.prefix}" not in name or not name.endswith(f".{adapter_name}"):
+                continue
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps the whole shape there
+            if name not in remapped:
+                problems.append(f"{name}: missing in the file, {shape} in the model")
+            elif tuple(remapped[name].shape) != shape:
+                problems.append(f"{name}: {tuple(remapped[name].shape)} in the file, {shape} in the model")
+            elif not torch.isfinite(remapped[name]).all():
+                problems.append(f"{name}: holds NaN or infinity")
+        if problems:
+            raise ValueError(
+                f"The factors do not fit adapter {adapter_name!r} (rank={config.rank}, "
+                f"decomposition={config.decomposition!r}):\n  " + "\n  ".join(problems) + "\n"
+                "Load them into an adapter made with the config they were saved with."
+            )
+        return remapped

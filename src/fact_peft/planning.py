@@ -1,0 +1,152 @@
+"""What an adapter will consist of, settled on names and shapes before the model is touched."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from .config import FacTConfig
+from .discovery import find_block_linears, find_classifiers, find_linears, walk
+from .factors import FACTORS, SharedFactors
+from .tensorization import Slices, describe_layout, tensorize
+
+logger = logging.getLogger(__name__)
+
+FILLED_IN = ("target_modules", "modules_to_save", "layout")
+
+
+def fill_in(config: FacTConfig, model: nn.Module) -> dict[str, Any]:
+    """Replace what the user left open by what `model` offers, in place as PEFT does.
+
+    A config that was filled in for another model is first taken back to what the user gave, so that one config serves
+    several models.
+
+    Returns:
+        What the user gave for the fields that may be filled in.
+    """
+    for name, (given, filled) in vars(config).pop("_filled_in", {}).items():
+        if getattr(config, name) is filled:
+            setattr(config, name, given)
+    before = {name: getattr(config, name) for name in FILLED_IN}
+    if config.modules_to_save is None:
+        classifiers = find_classifiers(model)
+        if classifiers:
+            config.modules_to_save = classifiers
+            logger.info("FacT also trains and saves modules_to_save=%s; pass [] to switch this off.", classifiers)
+    if config.target_modules is None:
+        config.target_modules = default_targets(config, model)
+    _maybe_include_all_linear_layers(config, model)
+    return before
+
+
+def remember_filled_in(config: FacTConfig, before: dict[str, Any]) -> None:
+    """Note on the config, for the next `fill_in`, what it got from a model. Not part of what is saved."""
+    after = {name: getattr(config, name) for name in before}
+    vars(config)["_filled_in"] = {
+        name: (before[name], after[name]) for name in before if after[name] is not before[name]
+    }
+
+
+def default_targets(config: FacTConfig, model: nn.Module) -> set[str]:
+    """The linear layers of the transformer blocks, less those that the config's other fields leave out.
+
+    Raises:
+        ValueError: If the model has no transformer blocks.
+    """
+    layers = find_block_linears(model)
+    if not layers:
+        raise ValueError(
+            "Please specify `target_modules` in `peft_config`: no repeated transformer blocks were found in "
+            f"{type(model).__name__}. Its linear layers: {some(find_linears(model))}."
+        )
+    # PEFT applies layers_to_transform to suffixes only, so each layer is asked for by its last name.
+    query = copy.copy(config)
+    targets = set()
+    for name in layers:
+        query.target_modules = {name.rpartition(".")[2]}
+        if is_targeted(query, name):
+            targets.add(name)
+    return targets
+
+
+def is_targeted(config: Any, name: str) -> Any:
+    """PEFT's answer to whether `config` targets the module `name`; never the factors of another adapter."""
+    return name.partition(".")[0] != FACTORS and check_target_module_exists(config, name)
+
+
+def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
+    """Which slices each targeted layer will own; notes the layout on the config.
+
+    Raises:
+        NoMatchingPeftModuleError: If nothing is targeted.
+        ValueError: If a target is not a linear layer, the rank exceeds a layer's width, the config carries the layout
+            of other layers, or the model has something else in the place of the factors.
+    """
+    if config.target_modules == DUMMY_TARGET_MODULES:
+        return {}
+    if not isinstance(getattr(model, FACTORS, SharedFactors()), SharedFactors):
+        raise ValueError(
+            f"{type(model).__name__} has an attribute {FACTORS!r} of its own, where FacT registers the shared factors; "
+            "rename it, or adapt a submodule."
+        )
+    linears = find_linears(model)
+    targets = {}
+    for name, module in walk(model):
+        if not is_targeted(config, name):
+            continue
+        if name not in linears:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} matches {name}, a {type(module).__name__}; FacT adapts "
+                "nn.Linear and Conv1D layers that are called as modules. Name linear layers only, or leave "
+                "target_modules=None to adapt all of them inside the transformer blocks."
+            )
+        targets[name] = linears[name]
+
+    layout = describe_layout(targets)
+    if config.layout is not None and config.layout != layout:
+        raise ValueError(layout_mismatch(config, layout, model))
+    if not targets:
+        raise NoMatchingPeftModuleError(
+            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} and "
+            f"layers_to_transform={config.layers_to_transform!r} matches no linear layer of {type(model).__name__}. "
+            f"It has, among others, {some(linears)}. Leave target_modules=None to adapt all linear layers inside the "
+            "transformer blocks."
+        )
+    slices = tensorize(targets)
+    for name, owned in slices.items():
+        width = min(owned.in_width, owned.out_width)
+        if config.rank > width:
+            raise ValueError(
+                f"rank={config.rank} is larger than {width}, the width of {name} ({owned.in_features} to "
+                f"{owned.out_features} features); use a rank of at most {width}, or exclude_modules to leave it out."
+            )
+    if config.layout is None:
+        config.layout = layout
+    return slices
+
+
+def layout_mismatch(config: FacTConfig, layout: list[str], model: nn.Module) -> str:
+    """Say how the layers an adapter was trained on differ from those it now meets."""
+    assert config.layout is not None
+    adapter_only = [line for line in config.layout if line not in layout] or config.layout
+    model_only = [line for line in layout if line not in config.layout] or layout or ["no matching linear layer"]
+    return (
+        f"This FacT adapter belongs to other linear layers than {type(model).__name__} has:\n"
+        + "".join(f"  adapter: {line}\n" for line in adapter_only)
+        + "".join(f"  model:   {line}\n" for line in model_only)
+        + f"Load it on the backbone it was trained on (base_model_name_or_path={config.base_model_name_or_path!r}); "
+        "to start a new adapter with this config, set layout=None."
+    )
+
+
+def some(names: Iterable[str], count: int = 6) -> str:
+    """The first few names, for an error message."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "") or "none"
