@@ -45,10 +45,15 @@ class FacTStack(nn.Module, FacTLayer):
     weight = None
     bias = None
 
-    def __init__(self, in_width: int, out_width: int) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
+        """
+        Args:
+            in_features: Inputs d of one slice.
+            out_features: Outputs e of one slice.
+        """
         super().__init__()
-        self.in_width = in_width
-        self.out_width = out_width
+        self.in_features = in_features
+        self.out_features = out_features
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.fact_scale: dict[str, float] = {}
@@ -64,7 +69,7 @@ class FacTStack(nn.Module, FacTLayer):
         self.fact_decomposition[adapter_name] = config.decomposition
         self.fact_layout[adapter_name] = config.layout
         decomposition = DECOMPOSITIONS[config.decomposition]
-        shapes = decomposition.shapes(self.in_width, self.out_width, num_slices, config.rank)
+        shapes = decomposition.shapes(self.in_features, self.out_features, num_slices, config.rank)
         factors = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
         decomposition.init(factors, zero_increment=config.init_weights)
         for name, factor in factors.items():
@@ -101,4 +106,4 @@ class FacTStack(nn.Module, FacTLayer):
         """Nothing to do: the first layer of the stack decides, see `FacTLinear`."""
 
     def extra_repr(self) -> str:
-        return f"slices of {self.in_width}x{self.out_width}"
+        return f"slices of {self.in_features}x{self.out_features}"
