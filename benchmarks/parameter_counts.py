@@ -55,9 +55,7 @@ def adapter_bytes(model: PeftModel) -> int:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"| backbone | method | rank | parameters | paper | bytes of numbers | bytes on disk |\n|{'---|' * 7}")
     for name, decomposition, rank, published in ROWS:
         model = adapt(name, decomposition, rank)

@@ -94,7 +94,9 @@ def test_merge_and_unload_gives_the_plain_model_with_the_same_output(decompositi
     expected = scores(model, dtype)
     merged = model.merge_and_unload()
     plain = make_backbone(backbone, dtype)
-    torch.testing.assert_close(scores(merged, dtype), expected, rtol=0, atol=MERGE_TOLERANCE[dtype] * expected.abs().max())
+    torch.testing.assert_close(
+        scores(merged, dtype), expected, rtol=0, atol=MERGE_TOLERANCE[dtype] * expected.abs().max()
+    )
     assert (scores(plain, dtype) - expected).abs().max() > 0.1
     assert type(merged) is type(plain)
     assert [(n, type(m)) for n, m in merged.named_modules()] == [(n, type(m)) for n, m in plain.named_modules()]
@@ -229,7 +231,7 @@ def test_safe_merge_refuses_nan_and_changes_nothing():
     model.get_base_model().factors["32x32"].fact_Sigma["default"].data[-1] = torch.nan
     state, layers = base_state(model), [type(module) for module in model.modules()]
     for merge in (model.merge_and_unload, model.merge_adapter):
-        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
+        with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter default"):
             merge(safe_merge=True)
         assert [type(module) for module in model.modules()] == layers
         torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0, equal_nan=True)

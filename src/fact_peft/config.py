@@ -13,6 +13,9 @@ from peft.utils.peft_types import PeftType
 from .adapter_file import check_adapter_folder
 from .decomposition import DECOMPOSITIONS
 
+# Fields that are filled in from the model when an adapter is created, as far as the user left them open.
+FILLED_IN = ("target_modules", "modules_to_save", "layout")
+
 
 @dataclass
 class FacTConfig(PeftConfig):
@@ -57,14 +60,14 @@ class FacTConfig(PeftConfig):
     fact_dropout: float = field(
         default=0.0, metadata={"help": "Dropout probability on the activation between core and V."}
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Linear layers to adapt: name suffixes, a regex, or 'all-linear'. "
             "None: all linear layers inside the repeated transformer blocks."
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Layers not to adapt: name suffixes or a regex."}
     )
     layers_to_transform: list[int] | int | None = field(
@@ -101,7 +104,9 @@ class FacTConfig(PeftConfig):
         self._check_choice("bias", ("none", "all", "fact_only"))
         self._check_number("scale")
         if self.scale == 0:
-            raise ValueError("scale=0 switches the adapter off for good; use a scale in [0.01, 100], 1.0 is a safe start.")
+            raise ValueError(
+                "scale=0 switches the adapter off for good; use a scale in [0.01, 100], 1.0 is a safe start."
+            )
         self._check_number("fact_dropout")
         if not 0 <= self.fact_dropout < 1:
             raise ValueError(
@@ -114,7 +119,9 @@ class FacTConfig(PeftConfig):
 
     def _check_rank(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int):
-            raise ValueError(f"rank={self.rank!r} is not an integer; pass a whole number of at least 1, such as rank=8.")
+            raise ValueError(
+                f"rank={self.rank!r} is not an integer; pass a whole number of at least 1, such as rank=8."
+            )
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} is less than 1; pass a whole number of at least 1, such as rank=8.")
 

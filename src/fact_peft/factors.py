@@ -7,11 +7,13 @@ counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeR
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .config import FacTConfig
+from .config import FILLED_IN, FacTConfig
 from .decomposition import DECOMPOSITIONS, core_matrix
 from .tensorization import Slices
 
@@ -35,15 +37,15 @@ class FacTStack(nn.Module, FacTLayer):
     """The factors of all slices of one shape, for every adapter of the model.
 
     Paper letters: ``fact_U`` (d, r), ``fact_V`` (e, r), ``fact_Sigma`` (N, r, r) for tensor-train, ``fact_C``
-    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. ``fact_layout`` is the
-    description of the whole adapter that the config takes to disk.
+    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. ``fact_filled_in``
+    keeps, per adapter, what its config got from this model, for the day the adapter is saved.
     """
 
     adapter_layer_names = ("fact_U", "fact_V", "fact_Sigma", "fact_C", "fact_P")
-    other_param_names = ("fact_scale", "fact_dropout", "fact_decomposition", "fact_layout")
+    other_param_names = ("fact_scale", "fact_dropout", "fact_decomposition", "fact_filled_in")
     # BaseTunerLayer looks these up in a base layer; a stack has none.
-    weight = None
-    bias = None
+    weight = None  # type: ignore[assignment]
+    bias = None  # type: ignore[assignment]
 
     def __init__(self, in_features: int, out_features: int) -> None:
         """
@@ -59,7 +61,7 @@ class FacTStack(nn.Module, FacTLayer):
         self.fact_scale: dict[str, float] = {}
         self.fact_dropout: dict[str, float] = {}
         self.fact_decomposition: dict[str, str] = {}
-        self.fact_layout: dict[str, list[str]] = {}
+        self.fact_filled_in: dict[str, dict[str, Any]] = {}
         self.merged_adapters = []
 
     def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:
@@ -67,7 +69,7 @@ class FacTStack(nn.Module, FacTLayer):
         self.fact_scale[adapter_name] = float(config.scale)
         self.fact_dropout[adapter_name] = float(config.fact_dropout)
         self.fact_decomposition[adapter_name] = config.decomposition
-        self.fact_layout[adapter_name] = config.layout
+        self.fact_filled_in[adapter_name] = {field: getattr(config, field) for field in FILLED_IN}
         decomposition = DECOMPOSITIONS[config.decomposition]
         shapes = decomposition.shapes(self.in_features, self.out_features, num_slices, config.rank)
         factors = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
@@ -94,7 +96,7 @@ class FacTStack(nn.Module, FacTLayer):
             if factor.device.type != "meta":
                 factor.data = factor.data.to(device=device, dtype=dtype)
 
-    # Merging happens in the layers, which also keep `merged_adapters` of the stack current; PEFT asks every tuner layer.
+    # PEFT asks every tuner layer to merge. The linear layers do, and keep `merged_adapters` of the stack current.
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         pass

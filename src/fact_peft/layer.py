@@ -125,7 +125,7 @@ class FacTLinear(nn.Module, FacTLayer):
     def unmerge(self) -> None:
         """Subtract the increments of all merged adapters again."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged:
             adapter_name = self.merged_adapters[-1]
             self.set_base_weight(self.merged_weight(adapter_name, sign=-1))

@@ -32,7 +32,7 @@ class FacTModel(BaseTuner):
 
     prefix = "fact_"
     tuner_layer_cls = FacTLayer
-    target_module_mapping: dict[str, Any] = {}
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
 
     def inject_adapter(
         self,
@@ -47,6 +47,7 @@ class FacTModel(BaseTuner):
         `state_dict` is not looked at: the layers follow from the config and its layout.
         """
         config = self.peft_config[adapter_name]
+        assert isinstance(config, FacTConfig)
         config_before = dict(vars(config))
         try:
             given = fill_in(config, model)
@@ -125,13 +126,13 @@ class FacTModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         if merge and safe_merge:
             self._check_merge_is_finite(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if hasattr(model, FACTORS):
-            delattr(model, FACTORS)
-        return model
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if hasattr(self.model, FACTORS):
+            delattr(self.model, FACTORS)
+        return self.model
 
     def _check_merge_is_finite(self, adapter_names: list[str] | None) -> None:
         """Raise before the first layer is merged rather than at the first bad one."""
@@ -160,10 +161,10 @@ class FacTModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # The config may meanwhile have served another model; what it takes to disk is this one's layout.
+        # The config may meanwhile have served another model; what it takes to disk is what it got from this one.
         for module in model.modules():
-            if isinstance(module, FacTStack) and adapter_name in module.fact_layout:
-                config.layout = module.fact_layout[adapter_name]
+            if isinstance(module, FacTStack):
+                vars(config).update(module.fact_filled_in.get(adapter_name, {}))
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -175,6 +176,7 @@ class FacTModel(BaseTuner):
         Raises:
             ValueError: If a factor is missing, has another shape than in the model, or is not finite.
         """
+        assert isinstance(config, FacTConfig)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problems = []
         for name, parameter in model.named_parameters():

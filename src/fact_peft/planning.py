@@ -7,19 +7,21 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    _find_minimal_target_modules,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from .config import FacTConfig
+from .config import FILLED_IN, FacTConfig
 from .discovery import find_block_linears, find_classifiers, find_linears, walk
 from .factors import FACTORS, SharedFactors
 from .tensorization import Slices, describe_layout, tensorize
 
 logger = logging.getLogger(__name__)
-
-FILLED_IN = ("target_modules", "modules_to_save", "layout")
 
 
 def fill_in(config: FacTConfig, model: nn.Module) -> dict[str, Any]:
@@ -43,6 +45,11 @@ def fill_in(config: FacTConfig, model: nn.Module) -> dict[str, Any]:
     if config.target_modules is None:
         config.target_modules = default_targets(config, model)
     _maybe_include_all_linear_layers(config, model)
+    targets = config.target_modules
+    if isinstance(targets, set) and targets and targets is not before["target_modules"]:
+        # As suffixes, so that a deeper model matches more layers than the layout lists, and is noticed.
+        others = {name for name, _ in walk(model)} - targets
+        config.target_modules = _find_minimal_target_modules(targets, others)
     return before
 
 
@@ -136,7 +143,8 @@ def layout_mismatch(config: FacTConfig, layout: list[str], model: nn.Module) -> 
     """Say how the layers an adapter was trained on differ from those it now meets."""
     assert config.layout is not None
     adapter_only = [line for line in config.layout if line not in layout] or config.layout
-    model_only = [line for line in layout if line not in config.layout] or layout or ["no matching linear layer"]
+    model_only = [line for line in layout if line not in config.layout] or layout
+    model_only = model_only or describe_layout(find_block_linears(model)) or ["no matching linear layer"]
     return (
         f"This FacT adapter belongs to other linear layers than {type(model).__name__} has:\n"
         + "".join(f"  adapter: {line}\n" for line in adapter_only)

@@ -20,10 +20,7 @@ def add_peft_type() -> None:
     if NAME in PeftType.__members__:
         return
     member = str.__new__(PeftType, NAME)
-    member._name_ = NAME
-    member._value_ = NAME
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType)
+    vars(member).update(_name_=NAME, _value_=NAME, __objclass__=PeftType, _sort_order_=len(PeftType))
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member

@@ -50,7 +50,7 @@ class Slices:
 
 
 def slice_shape(in_features: int, out_features: int) -> tuple[int, int]:
-    """Shape (inputs, outputs) of the slices of one linear layer: square where its sides divide, else the layer itself."""
+    """Shape (inputs, outputs) of the slices of a linear layer: square where its sides divide, else its own."""
     short, long = sorted((in_features, out_features))
     return (short, short) if long % short == 0 else (in_features, out_features)
 
@@ -111,11 +111,7 @@ def describe_layout(linear_shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     lines: list[str] = []
     start = 0
     for end, (container, index, layers) in enumerate(blocks, start=1):
-        follows = (
-            end < len(blocks)
-            and index != ""
-            and blocks[end] == (container, str(int(index) + 1), layers)
-        )
+        follows = end < len(blocks) and index != "" and blocks[end] == (container, str(int(index) + 1), layers)
         if follows:
             continue
         first = blocks[start][1]
