@@ -85,6 +85,15 @@ def test_adding_a_bad_adapter_keeps_the_good_one():
     assert list(model.peft_config) == ["default"] and set(model.state_dict()) == names
 
 
+@pytest.mark.filterwarnings("ignore:Adapter name '' should not be contained in the prefix")
+@pytest.mark.parametrize("name", ["", "a.b", "copy", "values"])
+def test_adapter_names_that_cannot_be_parameters_are_refused(name):
+    backbone = make_backbone("vit")
+    with pytest.raises(ValueError, match="adapter_name=.* choose another name"):
+        get_peft_model(backbone, FacTConfig(rank=4), adapter_name=name)
+    assert not any(isinstance(module, BaseTunerLayer) for module in backbone.modules())
+
+
 def test_model_without_blocks_asks_for_targets():
     with pytest.raises(
         ValueError, match=r"Please specify `target_modules` .* no repeated transformer blocks .* linear layers: 0"

@@ -292,9 +292,8 @@ def test_autocast_trains_float32_factors():
 def test_dropout_acts_on_the_activation_between_core_and_V():
     model = adapted(fact_dropout=0.5)
     layer = model.get_base_model().vit.layers[0].mlp.fc1
-    stack = model.get_base_model().factors["32x32"]
     x, expected = torch.randn(1, 32), None
-    U, core, V = stack.read("default", layer.fact_slices["default"])
+    U, core, V = layer.terms("default")
     h = (x @ U @ core).view(4, 4)
     layer.train()
     torch.manual_seed(3)

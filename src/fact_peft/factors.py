@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import FILLED_IN, FacTConfig
-from .decomposition import DECOMPOSITIONS, core_matrix
+from .decomposition import DECOMPOSITIONS
 from .tensorization import Slices
 
 # Does not contain PEFT's prefix "fact_": PEFT skips modules with the prefix in their name when it deletes adapters.
@@ -82,12 +82,10 @@ class FacTStack(nn.Module, FacTLayer):
         holders = {name.removeprefix("fact_"): getattr(self, name) for name in self.adapter_layer_names}
         return {name: holder[adapter_name] for name, holder in holders.items() if adapter_name in holder}
 
-    def read(self, adapter_name: str, slices: Slices) -> tuple[Tensor, Tensor, Tensor]:
-        """U (d, r), the core matrix (a r, b r) of a layer's slices, and V (e, r)."""
-        factors = self.factors(adapter_name)
-        cores = DECOMPOSITIONS[self.fact_decomposition[adapter_name]].cores(factors, slices.first, slices.count)
-        core = core_matrix(cores.unflatten(0, (slices.num_in_blocks, slices.num_out_blocks)))
-        return factors["U"], core, factors["V"]
+    def cores(self, adapter_name: str, slices: Slices) -> Tensor:
+        """Sigma_k (count, r, r) of a layer's slices."""
+        decomposition = DECOMPOSITIONS[self.fact_decomposition[adapter_name]]
+        return decomposition.cores(self.factors(adapter_name), slices.first, slices.count)
 
     @torch.no_grad()
     def place(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:

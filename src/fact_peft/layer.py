@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .decomposition import contract, expand, increment
+from .decomposition import contract, core_matrix, expand, increment, low_rank_pair
 from .discovery import linear_shape
 from .factors import FacTLayer, FacTStack
 from .tensorization import Slices
@@ -50,8 +50,20 @@ class FacTLinear(nn.Module, FacTLayer):
         self._stacks[slices.stack] = stack
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def _stack(self, adapter_name: str) -> FacTStack:
+    def stack(self, adapter_name: str) -> FacTStack:
+        """The stack in which an adapter keeps the factors of this layer."""
         return self._stacks[self.fact_slices[adapter_name].stack]
+
+    def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What the increment is made of: U (d, r), the core matrix (a r, b r) and V (e, r)."""
+        stack, slices = self.stack(adapter_name), self.fact_slices[adapter_name]
+        cores = stack.cores(adapter_name, slices).unflatten(0, (slices.num_in_blocks, slices.num_out_blocks))
+        return stack.fact_U[adapter_name], core_matrix(cores), stack.fact_V[adapter_name]
+
+    def _precise_terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        U, core, V = self.terms(adapter_name)
+        dtype = torch.promote_types(U.dtype, torch.float32)
+        return U.to(dtype), core.to(dtype), V.to(dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter, and the stacks that no other one of this layer uses."""
@@ -76,8 +88,8 @@ class FacTLinear(nn.Module, FacTLayer):
 
     def _add_increment(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
         """y + x dW, in the precision of the activations; autocast has the last word."""
-        stack = self._stack(adapter_name)
-        U, core, V = (factor.to(x.device) for factor in stack.read(adapter_name, self.fact_slices[adapter_name]))
+        stack = self.stack(adapter_name)
+        U, core, V = (term.to(x.device) for term in self.terms(adapter_name))
         h = contract(x, U.to(x.dtype), core.to(x.dtype))
         h = nn.functional.dropout(h, stack.fact_dropout[adapter_name], self.training)
         return expand(h.to(y.dtype), V.to(y.dtype), stack.fact_scale[adapter_name], onto=y)
@@ -85,13 +97,13 @@ class FacTLinear(nn.Module, FacTLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The increment in the orientation of the base weight, at least in float32, on the device of the factors."""
-        stack = self._stack(adapter_name)
-        U, core, V = (
-            factor.to(torch.promote_types(factor.dtype, torch.float32))
-            for factor in stack.read(adapter_name, self.fact_slices[adapter_name])
-        )
-        delta = increment(U, core, V, stack.fact_scale[adapter_name])
+        delta = increment(*self._precise_terms(adapter_name), self.stack(adapter_name).fact_scale[adapter_name])
         return delta if self.fan_in_fan_out else delta.t()
+
+    @torch.no_grad()
+    def low_rank_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Matrices A (q, in_features) and B (out_features, q) with B A the increment in ``nn.Linear``'s orientation."""
+        return low_rank_pair(*self._precise_terms(adapter_name), self.stack(adapter_name).fact_scale[adapter_name])
 
     def merged_weight(self, adapter_name: str, sign: int = 1, check: bool = False) -> Tensor:
         """The base weight plus `sign` times the increment: added in float32 or better, then cast back.
@@ -132,12 +144,12 @@ class FacTLinear(nn.Module, FacTLayer):
             self._mark_unmerged(adapter_name)
 
     def _mark_merged(self, adapter_name: str) -> None:
-        for owner in (self, self._stack(adapter_name)):
+        for owner in (self, self.stack(adapter_name)):
             if adapter_name not in owner.merged_adapters:
                 owner.merged_adapters.append(adapter_name)
 
     def _mark_unmerged(self, adapter_name: str) -> None:
-        for owner in (self, self._stack(adapter_name)):
+        for owner in (self, self.stack(adapter_name)):
             if adapter_name in owner.merged_adapters:
                 owner.merged_adapters.remove(adapter_name)
 
@@ -150,7 +162,7 @@ class FacTLinear(nn.Module, FacTLayer):
             dtype = None
         target = device if device is not None else base_device
         if target is not None and target.type != "meta":
-            self._stack(adapter_name).place(adapter_name, target, dtype)
+            self.stack(adapter_name).place(adapter_name, target, dtype)
 
     def extra_repr(self) -> str:
         return ", ".join(

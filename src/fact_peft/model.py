@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from .combination import combined_config, fill_with_sum
 from .config import FacTConfig
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
 from .layer import FacTLinear
-from .planning import fill_in, is_targeted, plan_slices, remember_filled_in
+from .planning import check_adapter_name, fill_in, is_targeted, plan_slices, remember_filled_in
 from .tensorization import Slices, stack_sizes
 
 
@@ -26,8 +29,8 @@ class FacTModel(BaseTuner):
 
     Raises:
         NoMatchingPeftModuleError: If no layer of the model is targeted.
-        ValueError: If a target is not a linear layer, the rank exceeds a layer's width, or the config belongs to an
-            adapter of other layers. Model and config are then as they were.
+        ValueError: If a target is not a linear layer, the rank exceeds a layer's width, the config belongs to an
+            adapter of other layers, or the adapter's name is not fit for one. Model and config are then as they were.
     """
 
     prefix = "fact_"
@@ -48,6 +51,7 @@ class FacTModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, FacTConfig)
+        check_adapter_name(adapter_name)
         config_before = dict(vars(config))
         try:
             given = fill_in(config, model)
@@ -96,12 +100,66 @@ class FacTModel(BaseTuner):
     def _linears(self) -> Iterator[FacTLinear]:
         return (module for module in self.model.modules() if isinstance(module, FacTLinear))
 
+    def _stacks(self) -> Iterator[FacTStack]:
+        return (module for module in self.model.modules() if isinstance(module, FacTStack))
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new parameters, which all require gradients; those of an adapter loaded for inference must not.
         trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable[name])
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Change the scale s of an adapter, also after training; it is saved with the adapter.
+
+        Raises:
+            ValueError: If there is no such adapter, or `scale` is zero or not finite.
+        """
+        config = self._fact_config(adapter_name)
+        replace(config, scale=scale)  # for its checks
+        config.scale = float(scale)
+        for stack in self._stacks():
+            if adapter_name in stack.fact_scale:
+                stack.fact_scale[adapter_name] = config.scale
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add the adapter whose increments are the weighted sum of those of others, exactly.
+
+        The new adapter is a tensor-train one whose rank is the sum of theirs, whatever their decompositions, scales
+        and layers. Heads are summed as what each adapter changed on top of the original head.
+
+        Args:
+            adapters: Names of the adapters to sum.
+            weights: Their weights, in the same order; negative ones subtract.
+            adapter_name: Name of the new adapter. It is not activated.
+
+        Raises:
+            ValueError: If an adapter is unknown, the new name is taken, the lengths differ, a weight is not finite, or
+                the ranks add up to more than a layer's width.
+        """
+        if len(adapters) != len(weights) or not adapters or len(set(adapters)) < len(adapters):
+            raise ValueError(f"adapters={adapters!r} and weights={weights!r} must be one weight per distinct adapter.")
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights={weights!r} must be finite numbers.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r} exists already; choose another name or delete it first.")
+        configs = {name: self._fact_config(name) for name in adapters}
+        self.peft_config[adapter_name] = combined_config(self.model, configs)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self._cast_adapter_dtype(adapter_name)
+        ranks = [config.rank for config in configs.values()]
+        fill_with_sum(self.model, adapter_name, dict(zip(adapters, weights, strict=True)), ranks)
+
+    def _fact_config(self, adapter_name: str) -> FacTConfig:
+        config = self.peft_config.get(adapter_name)
+        if not isinstance(config, FacTConfig):
+            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {sorted(self.peft_config)}.")
+        return config
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the stacks that no other adapter uses.
@@ -163,8 +221,8 @@ class FacTModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # The config may meanwhile have served another model; what it takes to disk is what it got from this one.
         for module in model.modules():
-            if isinstance(module, FacTStack):
-                vars(config).update(module.fact_filled_in.get(adapter_name, {}))
+            if isinstance(module, FacTStack) and adapter_name in module.fact_scale:
+                vars(config).update(module.fact_filled_in[adapter_name], scale=module.fact_scale[adapter_name])
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod

@@ -85,7 +85,26 @@ def default_targets(config: FacTConfig, model: nn.Module) -> set[str]:
 
 def is_targeted(config: Any, name: str) -> Any:
     """PEFT's answer to whether `config` targets the module `name`; never the factors of another adapter."""
-    return name.partition(".")[0] != FACTORS and check_target_module_exists(config, name)
+    if name.partition(".")[0] == FACTORS:
+        return False
+    answer = check_target_module_exists(config, name)
+    if answer is False and config.layers_to_transform is not None:
+        # PEFT looks for the block's index behind "<something>.<container>."; timm's blocks have nothing before them.
+        answer = check_target_module_exists(config, f".{name}")
+    return answer
+
+
+def check_adapter_name(adapter_name: str) -> None:
+    """Refuse names that cannot be keys of the factors' dicts.
+
+    Raises:
+        ValueError: If the name is empty, has a dot, or is an attribute of ``nn.ParameterDict``.
+    """
+    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} cannot be the name of a parameter: it is empty, has a dot in it, or is an "
+            "attribute of nn.ParameterDict (such as 'copy' or 'values'); choose another name."
+        )
 
 
 def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:

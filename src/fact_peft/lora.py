@@ -1,0 +1,80 @@
+"""A FacT adapter as a LoRA adapter, exactly.
+
+dW of a layer has rank r wherever the layer is one slice high or wide, so it is a LoRA of rank r without any
+approximation, and can be served where only LoRA is known. It costs more parameters, since a LoRA shares nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import FacTConfig
+from .layer import FacTLinear
+
+PREFIX = "base_model.model."
+
+
+def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Write a FacT adapter as LoRA matrices with B A = dW^T, the scale folded in (``lora_alpha = r``).
+
+    Args:
+        model: A `PeftModel`, or a model with injected FacT layers.
+        adapter_name: The adapter to convert.
+
+    Returns:
+        The LoRA config and its state dict, as ``set_peft_model_state_dict`` takes it; trained heads and biases included.
+
+    Raises:
+        ValueError: If the model has no such FacT adapter.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, FacTConfig):
+        raise ValueError(f"adapter_name={adapter_name!r} is not a FacT adapter of this {type(model).__name__}.")
+
+    pairs = {
+        name.removeprefix(PREFIX): layer.low_rank_pair(adapter_name)
+        for name, layer in model.named_modules()
+        if isinstance(layer, FacTLinear) and adapter_name in layer.fact_slices
+    }
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state_dict = {PREFIX + name.removeprefix(PREFIX): value for name, value in state_dict.items() if ".fact_" not in name}
+    for name, (A, B) in pairs.items():
+        state_dict[f"{PREFIX}{name}.lora_A.weight"] = A
+        state_dict[f"{PREFIX}{name}.lora_B.weight"] = B
+
+    other_ranks = {name: len(A) for name, (A, _) in pairs.items() if len(A) != config.rank}
+    lora_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank,
+        rank_pattern=other_ranks,
+        alpha_pattern=other_ranks,
+        target_modules=list(pairs),
+        modules_to_save=config.modules_to_save,
+        bias="lora_only" if config.bias == "fact_only" else config.bias,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.modules() if isinstance(layer, FacTLinear)),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+    return lora_config, state_dict
+
+
+def save_as_lora(path: str | os.PathLike[str], model: nn.Module, adapter_name: str = "default") -> None:
+    """Save a FacT adapter as a LoRA adapter that ``PeftModel.from_pretrained`` loads without fact_peft.
+
+    Raises:
+        ValueError: If the model has no such FacT adapter.
+    """
+    lora_config, state_dict = convert_to_lora(model, adapter_name)
+    Path(path).mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().contiguous() for name, value in state_dict.items()}
+    save_file(tensors, Path(path, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    lora_config.save_pretrained(str(path))
