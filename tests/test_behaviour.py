@@ -368,11 +368,6 @@ def test_print_and_status_name_the_method(capsys):
     assert "FacTLinear(" in repr(model) and "default: slices 0-0 of 32x32" in repr(model)
 
 
-def test_mixed_batches_are_refused():
-    with pytest.raises(ValueError, match="adapter_names="):
-        adapted()(pixel_values=images(), adapter_names=["default"] * 3)
-
-
 def test_agrees_with_lora_of_the_same_factors():
     """PEFT's LoRA as the judge: the same increments give the same outputs and the same input gradients."""
     model = adapted(modules_to_save=[])

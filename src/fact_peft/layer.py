@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,6 +19,32 @@ from .decomposition import contract, core_matrix, expand, increment, low_rank_pa
 from .discovery import linear_shape
 from .factors import FacTLayer, FacTStack
 from .tensorization import Slices
+
+
+def find_quantization(base_layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:
+    """How to read and write the base layer's weight if it is quantised; None if it is not."""
+    try:
+        return resolve_quantization_backend(base_layer, **quantization)
+    except ValueError:
+        # torchao weights quantised by hand: PEFT cannot know how to quantise a merged weight, but training needs none.
+        return ForwardOnlyQuantizationBackend("torchao (not loaded with a TorchAoConfig)")
+
+
+def rows_by_adapter(adapter_names: list[str], x: Tensor) -> dict[str, Tensor]:
+    """Which rows of a layer's input belong to which adapter.
+
+    The first axis may be longer than the batch: Swin folds the windows of an image into it, image by image.
+
+    Raises:
+        ValueError: If the first axis is no multiple of the number of names.
+    """
+    if len(x) % len(adapter_names) != 0:
+        raise ValueError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}; pass one per image.")
+    owners = [name for name in adapter_names for _ in range(len(x) // len(adapter_names))]
+    return {
+        name: torch.tensor([row for row, owner in enumerate(owners) if owner == name], device=x.device)
+        for name in dict.fromkeys(owners)
+    }
 
 
 class FacTLinear(nn.Module, FacTLayer):
@@ -25,11 +56,12 @@ class FacTLinear(nn.Module, FacTLayer):
 
     other_param_names = ("fact_slices",)
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool) -> None:
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool, **quantization: Any) -> None:
         """
         Args:
-            base_layer: ``nn.Linear`` or transformers' ``Conv1D``; frozen and kept inside.
+            base_layer: ``nn.Linear``, quantised or not, or transformers' ``Conv1D``; frozen and kept inside.
             fan_in_fan_out: Whether its weight is stored as (in, out).
+            quantization: What PEFT needs to know to quantise a merged weight again.
         """
         super().__init__()
         self.base_layer = base_layer
@@ -37,6 +69,7 @@ class FacTLinear(nn.Module, FacTLayer):
         assert shape is not None
         self.in_features, self.out_features = shape
         self.fan_in_fan_out = fan_in_fan_out or isinstance(base_layer, Conv1D)
+        self.quantization_backend = find_quantization(base_layer, **quantization)
         self.fact_slices: dict[str, Slices] = {}
         # A plain dict hides the stacks from nn.Module, so that their factors belong to the model alone.
         self._stacks: dict[str, FacTStack] = {}
@@ -74,12 +107,19 @@ class FacTLinear(nn.Module, FacTLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.fact_slices)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """(..., in_features) to (..., out_features), with the active adapters or, for each image, with its own."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
+            return y
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        if adapter_names is not None:
+            for adapter_name, rows in rows_by_adapter(adapter_names, x).items():
+                if adapter_name in self.fact_slices:
+                    y = y.index_copy(0, rows, self._add_increment(x[rows], y[rows], adapter_name))
             return y
         for adapter_name in self.active_adapters:
             if adapter_name in self.fact_slices:
@@ -119,19 +159,27 @@ class FacTLinear(nn.Module, FacTLayer):
         return merged
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the increments of adapters to the base weight.
+        """Add the increments of adapters to the base weight. A quantised weight is quantised again, which rounds.
 
         Args:
             safe_merge: Leave the weight as it is and raise if the result is not finite.
             adapter_names: Which adapters; None for the active ones.
 
         Raises:
+            TypeError: If the weight is quantised in a way that cannot be undone.
             ValueError: With `safe_merge`, if the merged weight would hold NaN or infinity.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.fact_slices:
                 continue
-            self.set_base_weight(self.merged_weight(adapter_name, check=safe_merge))
+            weight = self.merged_weight(adapter_name, check=safe_merge)
+            if self.quantization_backend is not None:
+                warnings.warn(
+                    f"Merging into {self.quantization_backend.backend_name} weights quantises W + dW again: the output "
+                    "changes by its rounding, and unmerging does not restore the weights exactly.",
+                    stacklevel=2,
+                )
+            self.set_base_weight(weight)
             self._mark_merged(adapter_name)
 
     def unmerge(self) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .combination import combined_config, fill_with_sum
 from .config import FacTConfig
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
 from .layer import FacTLinear
+from .mixed_batch import mixed_batch
 from .planning import check_adapter_name, fill_in, is_targeted, plan_slices, remember_filled_in
 from .tensorization import Slices, stack_sizes
 
@@ -83,7 +85,7 @@ class FacTModel(BaseTuner):
         if adapter_name not in stack.fact_scale:
             stack.add_adapter(adapter_name, peft_config, stack_sizes(self._plan.values())[slices.stack])
         if not isinstance(target, FacTLinear):
-            layer = FacTLinear(target, peft_config.fan_in_fan_out)
+            layer = FacTLinear(target, peft_config.fan_in_fan_out, **get_quantization_kwargs(self.model))
             self._replace_module(parent, target_name, layer, target)
             target = layer
         target.update_layer(adapter_name, slices, stack)
@@ -201,12 +203,11 @@ class FacTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: FacT does not mix adapters within one batch; "
-                "call set_adapter and run one batch per adapter."
-            )
-        yield
+        if kwargs.get("adapter_names") is None:
+            yield
+        else:
+            with mixed_batch(self.model, kwargs["adapter_names"]):
+                yield
 
     # How an adapter goes to disk and comes back.
 

@@ -17,8 +17,9 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from .config import FILLED_IN, FacTConfig
-from .discovery import find_block_linears, find_classifiers, find_linears, walk
+from .discovery import base_of, find_block_linears, find_classifiers, find_linears, walk
 from .factors import FACTORS, SharedFactors
+from .layer import find_quantization
 from .tensorization import Slices, describe_layout, tensorize
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def fill_in(config: FacTConfig, model: nn.Module) -> dict[str, Any]:
     if config.modules_to_save is None:
         classifiers = find_classifiers(model)
         if classifiers:
+            check_trainable(classifiers, model)
             config.modules_to_save = classifiers
             logger.info("FacT also trains and saves modules_to_save=%s; pass [] to switch this off.", classifiers)
     if config.target_modules is None:
@@ -51,6 +53,21 @@ def fill_in(config: FacTConfig, model: nn.Module) -> dict[str, Any]:
         others = {name for name, _ in walk(model)} - targets
         config.target_modules = _find_minimal_target_modules(targets, others)
     return before
+
+
+def check_trainable(heads: list[str], model: nn.Module) -> None:
+    """Refuse heads that were quantised with the rest of the model.
+
+    Raises:
+        ValueError: If a head is quantised.
+    """
+    for name in heads:
+        backend = find_quantization(base_of(model.get_submodule(name)))
+        if backend is not None:
+            raise ValueError(
+                f"The classifier {name} is quantised ({backend.backend_name}) and cannot be trained. Leave it out when "
+                f"quantising (modules_to_not_convert or llm_int8_skip_modules=[{name!r}]), or pass modules_to_save=[]."
+            )
 
 
 def remember_filled_in(config: FacTConfig, before: dict[str, Any]) -> None:
