@@ -197,7 +197,11 @@ def test_hotswap_gives_the_other_adapter(decomposition, backbone, tmp_path):
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({"rank": 2}, "rank=2"), ({"decomposition": "tk"}, "decomposition='tk'"), ({"target_modules": ["fc1"]}, "layout=")],
+    [
+        ({"rank": 2}, "rank=2"),
+        ({"decomposition": "tk"}, "decomposition='tk'"),
+        ({"target_modules": ["fc1"]}, "layout="),
+    ],
 )
 def test_hotswap_refuses_another_shape(settings, message, tmp_path):
     adapted(**settings).save_pretrained(tmp_path)

@@ -64,7 +64,9 @@ def test_training_saving_and_merging(base, decomposition, folder, tmp_path):
     assert torch.equal(scores(PeftModel.from_pretrained(load(folder, base), tmp_path)), expected)
 
     # The rounding of the base alone is the measure of what merging may change.
-    rounding = (scores(load(folder, base)) - scores(AutoModelForImageClassification.from_pretrained(folder))).abs().max()
+    rounding = (
+        (scores(load(folder, base)) - scores(AutoModelForImageClassification.from_pretrained(folder))).abs().max()
+    )
     with pytest.warns(UserWarning, match=r"Merging into .* weights quantises W \+ dW again"):
         merged = model.merge_and_unload()
     assert (scores(merged) - expected).abs().max() < 4 * rounding

@@ -44,7 +44,9 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
         if isinstance(layer, FacTLinear) and adapter_name in layer.fact_slices
     }
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    state_dict = {PREFIX + name.removeprefix(PREFIX): value for name, value in state_dict.items() if ".fact_" not in name}
+    state_dict = {
+        PREFIX + name.removeprefix(PREFIX): value for name, value in state_dict.items() if ".fact_" not in name
+    }
     for name, (A, B) in pairs.items():
         state_dict[f"{PREFIX}{name}.lora_A.weight"] = A
         state_dict[f"{PREFIX}{name}.lora_B.weight"] = B
