@@ -89,7 +89,7 @@ def test_adding_a_bad_adapter_keeps_the_good_one():
 @pytest.mark.parametrize("name", ["", "a.b", "copy", "values"])
 def test_adapter_names_that_cannot_be_parameters_are_refused(name):
     backbone = make_backbone("vit")
-    with pytest.raises(ValueError, match="adapter_name=.* choose another name"):
+    with pytest.raises(ValueError, match=r"adapter_name=.* choose another name"):
         get_peft_model(backbone, FacTConfig(rank=4), adapter_name=name)
     assert not any(isinstance(module, BaseTunerLayer) for module in backbone.modules())
 

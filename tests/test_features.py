@@ -1,4 +1,4 @@
-"""More of what users of LoRA have: conversion, sums of adapters, hot-swapping, compilation, injection, checkpointing."""
+"""More of what users of LoRA have: conversion, sums, hot-swapping, mixed batches, compilation, injection."""
 
 import copy
 import gc

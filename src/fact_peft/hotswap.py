@@ -46,10 +46,11 @@ def hotswap_adapter(
     saved = FacTConfig.from_pretrained(path, **kwargs)
     assert isinstance(saved, FacTConfig)
     for name in MUST_AGREE:
-        if getattr(saved, name) != getattr(loaded, name):
+        theirs, ours = getattr(saved, name), getattr(loaded, name)
+        if theirs != ours:
             raise ValueError(
-                f"{name}={getattr(saved, name)!r} of {path} differs from {name}={getattr(loaded, name)!r} of the loaded "
-                f"adapter {adapter_name!r}; only adapters of one shape can be swapped in place, use load_adapter."
+                f"{path} has {name}={theirs!r}, but adapter {adapter_name!r} was loaded with {name}={ours!r}; only "
+                "adapters of one shape can be swapped in place. Use load_adapter."
             )
     set_peft_model_state_dict(model, load_peft_weights(path, device="cpu", **kwargs), adapter_name=adapter_name)
     for stack in model.modules():

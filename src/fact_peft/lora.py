@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -29,7 +28,7 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
         adapter_name: The adapter to convert.
 
     Returns:
-        The LoRA config and its state dict, as ``set_peft_model_state_dict`` takes it; trained heads and biases included.
+        The LoRA config and its state dict, trained heads and biases included, as `set_peft_model_state_dict` takes it.
 
     Raises:
         ValueError: If the model has no such FacT adapter.
