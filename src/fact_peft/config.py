@@ -27,7 +27,7 @@ class FacTConfig(PeftConfig):
     Args:
         rank: Rank r of the factors, at least 1 and at most the width of the narrowest targeted layer.
         decomposition: ``"tt"``, tensor-train (eq. 8): one r x r core per slice. ``"tk"``, Tucker (eq. 10): the cores
-            are mixtures of r shared ones; fewer parameters from about rank 16 on.
+            are mixtures of r shared ones, which takes fewer parameters at equal rank.
         scale: Factor s in front of the increment, finite and not zero. Acts like a learning rate on the factors; the
             paper searches 0.01, 0.1, 1, 10 and 100 per task.
         fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
