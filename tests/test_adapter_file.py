@@ -54,6 +54,13 @@ def test_second_adapter_loads_beside_the_first(decomposition, backbone, tmp_path
     assert torch.equal(scores(model), scores(second))
 
 
+def test_adapter_loaded_onto_a_half_precision_base_for_inference_is_frozen(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_backbone("vit", torch.bfloat16), tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert {p.dtype for name, p in loaded.named_parameters() if ".fact_" in name} == {torch.float32}
+
+
 def test_training_goes_on_after_reloading(tmp_path):
     adapted().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_backbone("vit"), tmp_path, is_trainable=True)

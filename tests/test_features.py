@@ -69,7 +69,7 @@ def test_conversion_to_lora_is_exact(decomposition, backbone, tmp_path):
     assert (scores(lora) - scores(make_backbone(backbone))).abs().max() > 0.1
 
 
-def test_conversion_to_lora_of_layers_of_several_blocks_both_ways():
+def test_conversion_to_lora_of_rectangular_stacks():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 30), nn.Linear(30, 12))
     model = get_peft_model(copy.deepcopy(base), config(target_modules=["0", "1", "2"], rank=2, modules_to_save=[]))

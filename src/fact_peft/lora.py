@@ -1,7 +1,7 @@
 """A FacT adapter as a LoRA adapter, exactly.
 
-dW of a layer has rank r wherever the layer is one slice high or wide, so it is a LoRA of rank r without any
-approximation, and can be served where only LoRA is known. It costs more parameters, since a LoRA shares nothing.
+A layer is one slice high or one slice wide, so its dW has rank r: it is a LoRA of rank r without any approximation, and
+can be served where only LoRA is known. It costs more parameters, since a LoRA shares nothing.
 """
 
 from __future__ import annotations
@@ -50,12 +50,9 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
         state_dict[f"{PREFIX}{name}.lora_A.weight"] = A
         state_dict[f"{PREFIX}{name}.lora_B.weight"] = B
 
-    other_ranks = {name: len(A) for name, (A, _) in pairs.items() if len(A) != config.rank}
     lora_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.rank,
-        rank_pattern=other_ranks,
-        alpha_pattern=other_ranks,
         target_modules=list(pairs),
         modules_to_save=config.modules_to_save,
         bias="lora_only" if config.bias == "fact_only" else config.bias,
