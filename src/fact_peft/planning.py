@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -78,7 +78,14 @@ def default_targets(config: FacTConfig, model: nn.Module) -> set[str]:
 
 def is_targeted(config: Any, name: str) -> Any:
     """PEFT's answer to whether `config` targets the module `name`; never the factors of another adapter."""
-    return name.partition(".")[0] != FACTORS and check_target_module_exists(config, name)
+    if name.partition(".")[0] == FACTORS:
+        return False
+    answer = check_target_module_exists(config, name)
+    if isinstance(answer, _ExcludedModule) or config.layers_to_transform is None:
+        return answer
+    # PEFT sees an index only behind two names. With a parent more, blocks right under the model (timm's "blocks.0") and
+    # stages there (timm's "layers.0.blocks.0") are counted as deeper ones are.
+    return check_target_module_exists(config, f"model.{name}")
 
 
 def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
