@@ -64,7 +64,8 @@ def errors(shape: tuple[int, int], decomposition: str, dtype: torch.dtype, rank:
     layer.set_adapter("default")
     x = torch.randn(64, shape[0]).to(dtype)
 
-    weight, bias = layer.weight.double().clone(), layer.bias.double()  # merging replaces the weight
+    # Cloned, since merging replaces the weight.
+    weight, bias = layer.base_layer.weight.double().clone(), layer.base_layer.bias.double()
     increment = reference_increment(stack.factors("default"), slices, config.scale)
     plain = x.double() @ weight.T + bias
     adapted = relative_error(layer(x), plain + x.double() @ increment)

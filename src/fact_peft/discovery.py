@@ -1,14 +1,17 @@
-"""What FacT adapts when the user names nothing: the linear layers of the transformer blocks, and the classifier.
+"""What FacT trains when the user names nothing: the linear layers of the transformer blocks, and the classifier.
 
 Found by structure, since names differ from model to model and from release to release.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 # Linear layers with a side below this share of the block's width do not carry the token stream: position-bias MLPs,
@@ -46,8 +49,8 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
     """Shapes of all linear layers below `module` that are called as modules.
 
-    ``nn.MultiheadAttention`` reads the weight of its output projection without calling it: an adapter there would do
-    nothing, so it is left out.
+    ``nn.MultiheadAttention`` reads the weight of its output projection without calling it, and has q, k and v beside it
+    in one bare parameter: none of the four is adapted.
     """
     functional = {
         f"{name}.{child_name}"
@@ -69,40 +72,90 @@ def is_block(module: nn.Module) -> bool:
     return has_norm and len(find_linears(module)) >= 2
 
 
+def stack_name(name: str) -> str:
+    """The part of a name that all stages and blocks of a backbone share: they differ in numbers only."""
+    return re.sub(r"\d+", "*", name)
+
+
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated transformer blocks of a model by name.
 
-    These are the children of the innermost lists whose members are all blocks of one class; a list of stages is passed
-    over for the lists of blocks inside its stages, and with it what lies between them, such as patch merging.
+    These are the members of the innermost lists that are blocks and whose class repeats there (some models alternate
+    two). A list of stages is passed over for the lists of blocks inside its stages, and with it what lies between them,
+    such as patch merging. Blocks that make up a head are left out, see `drop_heads`.
     """
-    candidates: dict[str, nn.Module] = {}
-    for name, module in walk(model):
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-            continue
-        members = {f"{name}.{index}": member for index, member in module.named_children()}
-        if len({type(member) for member in members.values()}) == 1 and all(map(is_block, members.values())):
-            candidates.update(members)
-    return {
+    lists = {
+        name: dict(module.named_children())
+        for name, module in walk(model)
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+    }
+    count = Counter((stack_name(name), type(member)) for name, members in lists.items() for member in members.values())
+    candidates = {
+        f"{name}.{index}": member
+        for name, members in lists.items()
+        for index, member in members.items()
+        if (count[stack_name(name), type(member)] > 1 or len(members) == 1) and is_block(member)
+    }
+    innermost = {
         name: block
         for name, block in candidates.items()
         if not any(other.startswith(f"{name}.") for other in candidates)
     }
+    return drop_heads(model, innermost)
+
+
+def drop_heads(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """`blocks` without those of heads: stacks of blocks both narrower and lighter than another one of their model.
+
+    Such are SAM's mask decoder, the decoder of a masked autoencoder and the predictor of V-JEPA: small transformers on
+    top of the pretrained one, there for a task or for pre-training alone. What transformers makes a model of its own,
+    such as either tower of CLIP or Whisper's encoder and decoder, is compared with stacks inside it only.
+    """
+    submodels = [f"{name}." for name, module in walk(model) if isinstance(module, PreTrainedModel)]
+    if isinstance(model, PreTrainedModel):
+        submodels.append("")
+
+    def stack_of(name: str) -> tuple[str, str]:
+        return max(filter(name.startswith, submodels), key=len, default=f"{name}."), stack_name(name)
+
+    widths: Counter[tuple[str, str]] = Counter()
+    weights: Counter[tuple[str, str]] = Counter()
+    for name, block in blocks.items():
+        shapes = find_linears(block).values()
+        widths[stack_of(name)] = max(widths[stack_of(name)], stream_width(shapes))
+        weights[stack_of(name)] += sum(in_features * out_features for in_features, out_features in shapes)
+    heads = {
+        stack
+        for stack in widths
+        for other in widths
+        if other[0].startswith(stack[0]) and widths[stack] < widths[other] and weights[stack] < weights[other]
+    }
+    return {name: block for name, block in blocks.items() if stack_of(name) not in heads}
+
+
+def stream_width(shapes: Iterable[tuple[int, int]]) -> int:
+    """Width of the token stream of a block: the side most common among its linear layers."""
+    return Counter(side for shape in shapes for side in shape).most_common(1)[0][0]
 
 
 def token_linears(block: nn.Module, name: str) -> dict[str, tuple[int, int]]:
     """The linear layers of one block that carry the token stream.
 
-    The width of the block is the side most common among its linear layers. A group of linear layers with one parent
-    belongs to the stream if one of them reads or writes that width; single layers much narrower do not.
+    A group of linear layers with one parent belongs to the stream if one of them reads or writes its width; single
+    layers much narrower do not. Nor does a layer right inside the block that widens what came in narrower to the
+    block's width, as Hiera has on the shortcut into a new stage: that is the stage's patch merging.
     """
     linears = find_linears(block, name)
-    width = Counter(side for shape in linears.values() for side in shape).most_common(1)[0][0]
+    width = stream_width(linears.values())
     parents = {layer.rpartition(".")[0] for layer, shape in linears.items() if width in shape}
-    return {
-        layer: shape
-        for layer, shape in linears.items()
-        if layer.rpartition(".")[0] in parents and min(shape) >= width * MIN_SHARE_OF_WIDTH
-    }
+    written = {out_features for _, out_features in linears.values()}
+
+    def carries_stream(layer: str, in_features: int, out_features: int) -> bool:
+        parent = layer.rpartition(".")[0]
+        enters_stage = parent == name and in_features < out_features == width and in_features not in written
+        return parent in parents and min(in_features, out_features) >= width * MIN_SHARE_OF_WIDTH and not enters_stage
+
+    return {layer: shape for layer, shape in linears.items() if carries_stream(layer, *shape)}
 
 
 def find_block_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -111,33 +164,37 @@ def find_block_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
     Never the head, patch embedding or patch merging, which lie outside the blocks; empty if the model has no blocks.
     """
     blocks = find_blocks(model)
-    return {
-        layer: shape for name, block in blocks.items() for layer, shape in token_linears(block, name).items()
-    }
+    return {layer: shape for name, block in blocks.items() for layer, shape in token_linears(block, name).items()}
 
 
 def find_classifiers(model: nn.Module) -> list[str]:
     """Names of the classification heads of `model`; empty if it is not a classification model.
 
-    On a transformers ``...For...Classification`` model these are the top-level modules outside the backbone with a
-    linear layer of `num_labels` outputs; on a timm model what ``get_classifier()`` returns.
+    On a transformers ``...For...Classification`` model these are all top-level modules with linear layers beside the
+    backbone, which is a model of its own: transformers initialises every one of them at random, so that an adapter
+    saved without one could not be used again. On a timm model they are what ``get_classifier()`` returns.
     """
     for prefix in ("", "timm_model"):  # the second is the one inside transformers' TimmWrapper
-        wrapped = getattr(model, prefix, None) if prefix else model
+        wrapped: Any = getattr(model, prefix, None) if prefix else model
         if callable(getattr(wrapped, "get_classifier", None)):
             heads = wrapped.get_classifier()
-            heads = heads if isinstance(heads, (tuple, list)) else [heads]
+            heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
             return [
                 f"{prefix}.{name}" if prefix else name
                 for name, module in walk(wrapped)
-                if any(module is head for head in heads) and linear_shape(module) is not None
+                if any(module is head for head in heads) and has_linear(module)
             ]
     if "Classification" not in type(model).__name__:
         return []
+    others = {name: child for name, child in model.named_children() if not isinstance(child, PreTrainedModel)}
+    if len(others) < len(list(model.children())):
+        return [name for name, child in others.items() if has_linear(child)]
+    # Without such a backbone, a head is what ends in one output per label.
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    heads = []
-    for name, child in model.named_children():
-        shapes = [linear_shape(child), *find_linears(base_of(child)).values()]
-        if not find_blocks(child) and any(shape is not None and shape[1] == num_labels for shape in shapes):
-            heads.append(name)
-    return heads
+    return [name for name, child in others.items() if has_linear(child, num_labels) and not find_blocks(child)]
+
+
+def has_linear(module: nn.Module, out_features: int | None = None) -> bool:
+    """Whether `module` is or contains a linear layer, of so many outputs if given."""
+    shapes = [linear_shape(module), *find_linears(base_of(module)).values()]
+    return any(shape is not None and out_features in (None, shape[1]) for shape in shapes)

@@ -43,6 +43,8 @@ class FacTStack(nn.Module, FacTLayer):
 
     adapter_layer_names = ("fact_U", "fact_V", "fact_Sigma", "fact_C", "fact_P")
     other_param_names = ("fact_scale", "fact_dropout", "fact_decomposition", "fact_filled_in")
+    fact_U: nn.ParameterDict
+    fact_V: nn.ParameterDict
     # BaseTunerLayer looks these up in a base layer; a stack has none.
     weight = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]

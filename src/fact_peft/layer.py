@@ -134,9 +134,31 @@ class FacTLinear(nn.Module, FacTLayer):
         h = nn.functional.dropout(h, stack.fact_dropout[adapter_name], self.training)
         return expand(h.to(y.dtype), V.to(y.dtype), stack.fact_scale[adapter_name], onto=y)
 
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight, for code that reads it instead of calling the layer, as timm's EVA, BEiT and Swin v2 do.
+
+        Differentiable in the factors; without dropout. A sharded or quantised weight is returned as it is: most code
+        wants its dtype or device only.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weight = super().weight
+        shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
+        unreadable = self.quantization_backend is not None or weight.shape != shape
+        if self.disable_adapters or self.merged or unreadable:
+            return weight
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.fact_slices:
+                weight = weight + self._delta_weight(adapter_name).to(weight)
+        return weight
+
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The increment in the orientation of the base weight, at least in float32, on the device of the factors."""
+        return self._delta_weight(adapter_name)
+
+    def _delta_weight(self, adapter_name: str) -> Tensor:
         delta = increment(*self._precise_terms(adapter_name), self.stack(adapter_name).fact_scale[adapter_name])
         return delta if self.fan_in_fan_out else delta.t()
 

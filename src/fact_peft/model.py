@@ -90,6 +90,10 @@ class FacTModel(BaseTuner):
             target = layer
         target.update_layer(adapter_name, slices, stack)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT also moves parameters over, of which FacT's layers have none, and fails on a head without a weight.
+        setattr(parent, child_name, new_module)
+
     def _stack_for(self, slices: Slices) -> FacTStack:
         """The stack that holds `slices`, created where it is missing."""
         if not hasattr(self.model, FACTORS):

@@ -105,10 +105,11 @@ def is_targeted(config: Any, name: str) -> Any:
     if name.partition(".")[0] == FACTORS:
         return False
     answer = check_target_module_exists(config, name)
-    if answer is False and config.layers_to_transform is not None:
-        # PEFT looks for the block's index behind "<something>.<container>."; timm's blocks have nothing before them.
-        answer = check_target_module_exists(config, f".{name}")
-    return answer
+    if config.layers_to_transform is None or not isinstance(answer, bool):  # an excluded module is no bool
+        return answer
+    # PEFT looks for an index behind two names. With a dot more, blocks right under a timm model ("blocks.0") and stages
+    # there ("layers.0.blocks.0") are counted as the deeper ones of transformers are.
+    return check_target_module_exists(config, f".{name}")
 
 
 def check_adapter_name(adapter_name: str) -> None:

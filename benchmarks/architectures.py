@@ -1,0 +1,86 @@
+"""What FacT adapts in each architecture, from full-size models without weights, as a Markdown table.
+
+    python benchmarks/architectures.py
+    python benchmarks/architectures.py --write docs/architectures.md
+
+The models are those the tests train in tiny form (tests/architectures.py), in the default size of their config or of
+timm, on the meta device.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import timm
+import torch
+import transformers
+from peft import get_peft_model
+
+from fact_peft import FacTConfig, FacTLinear
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from tests.architectures import ARCHITECTURES, Architecture  # noqa: E402
+
+RANK = 4
+HEADER = ("architecture", "class", "parameters", "linear layers", "stacks (slices of in x out)", f"FacT-TT, r={RANK}")
+BEGIN, END = "<!-- begin: benchmarks/architectures.py -->", "<!-- end -->"
+
+
+def row(name: str, architecture: Architecture) -> tuple[str, ...]:
+    """One line of the table."""
+    with torch.device("meta"):
+        model = architecture.build_full()
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        model = get_peft_model(model, FacTConfig(rank=RANK)).get_base_model()
+    stacks = model.factors
+    slices = {key: len(stack.fact_Sigma["default"]) for key, stack in stacks.items()}
+    return (
+        name,
+        f"`{architecture.model}`",
+        f"{num_parameters / 1e6:,.0f}M",
+        str(sum(isinstance(module, FacTLinear) for module in model.modules())),
+        ", ".join(f"{count} of {key.replace('x', ' x ')}" for key, count in slices.items()),
+        f"{sum(factor.numel() for factor in stacks.parameters()):,}",
+    )
+
+
+def table() -> Iterator[str]:
+    """The lines of the table."""
+    yield "| " + " | ".join(HEADER) + " |"
+    yield "|---|---|--:|--:|---|--:|"
+    for name, architecture in ARCHITECTURES.items():
+        yield "| " + " | ".join(row(name, architecture)) + " |"
+    yield ""
+    yield (
+        f"Default sizes of transformers {transformers.__version__} and timm {timm.__version__}, with peft "
+        f"{peft.__version__}. The last column counts the factors, not the head that is trained beside them."
+    )
+
+
+def write(file: Path, text: str) -> None:
+    """Replace what stands between the two markers of a Markdown file."""
+    before, begin, rest = file.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{file} has no lines {BEGIN!r} and {END!r} to write the table between.")
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file to write the table into")
+    file = parser.parse_args().write
+    logging.disable(logging.WARNING)  # the default configs of some models disagree with themselves, at length
+    text = "\n".join(table())
+    if file is None:
+        print(text)
+    else:
+        write(file, text)
+
+
+if __name__ == "__main__":
+    main()
