@@ -1,7 +1,7 @@
 """What FacT adapts in each architecture, from full-size models without weights, as a Markdown table.
 
-    python benchmarks/architectures.py
-    python benchmarks/architectures.py --write docs/architectures.md
+    python -m benchmarks.architectures
+    python -m benchmarks.architectures --write README.md
 
 The models are those the tests train in tiny form (tests/architectures.py), in the default size of their config or of
 timm, on the meta device.
@@ -9,7 +9,6 @@ timm, on the meta device.
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,15 +18,13 @@ import torch
 import transformers
 from peft import get_peft_model
 
+from benchmarks.markdown import write_generated
 from fact_peft import FacTConfig, FacTLinear
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tests.architectures import ARCHITECTURES, Architecture  # noqa: E402
+from tests.architectures import ARCHITECTURES, Architecture
 
 RANK = 4
 HEADER = ("architecture", "class", "parameters", "linear layers", "stacks (slices of in x out)", f"FacT-TT, r={RANK}")
-BEGIN, END = "<!-- begin: benchmarks/architectures.py -->", "<!-- end -->"
+COMMAND = "python -m benchmarks.architectures"
 
 
 def row(name: str, architecture: Architecture) -> tuple[str, ...]:
@@ -61,15 +58,6 @@ def table() -> Iterator[str]:
     )
 
 
-def write(file: Path, text: str) -> None:
-    """Replace what stands between the two markers of a Markdown file."""
-    before, begin, rest = file.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{file} has no lines {BEGIN!r} and {END!r} to write the table between.")
-    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file to write the table into")
@@ -79,7 +67,7 @@ def main() -> None:
     if file is None:
         print(text)
     else:
-        write(file, text)
+        write_generated(file, COMMAND, text)
 
 
 if __name__ == "__main__":

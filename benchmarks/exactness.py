@@ -1,6 +1,6 @@
 """How far the implementation is from the paper's equations, evaluated slice by slice in float64.
 
-    python benchmarks/exactness.py
+    python -m benchmarks.exactness
 
 For the three kinds of layer in a ViT-B block, both decompositions and every dtype, prints the largest error of the
 forward pass and of the merged weight, relative to the largest reference value. The column "plain" is the error of the

@@ -1,7 +1,7 @@
 """What FacT can do beside PEFT's LoRA and its methods with shared parameters, every cell from a run.
 
-    python benchmarks/features.py                            # prints the table
-    python benchmarks/features.py --write docs/features.md   # and puts it between the markers of that file
+    python -m benchmarks.features                            # prints the table
+    python -m benchmarks.features --write docs/features.md   # and puts it between the markers of that file
 
 Each feature is a short function that fails, by an exception or an assertion, where a method cannot do it. All run on
 the same tiny random ViT; the methods that need them get the names of its linear layers.
@@ -36,9 +36,10 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import fact_peft
+from benchmarks.markdown import write_generated
 from fact_peft import FacTConfig
 
-START, END = "<!-- features: begin -->", "<!-- features: end -->"
+COMMAND = "python -m benchmarks.features"
 SHAPE = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 SETTINGS = {"target_modules": LINEARS, "modules_to_save": ["classifier"]}
@@ -351,9 +352,7 @@ def main() -> None:
     result = table(arguments.verbose)
     print(result)
     if arguments.write:
-        before, rest = arguments.write.read_text().split(START)
-        after = rest.split(END)[1]
-        arguments.write.write_text(f"{before}{START}\n{result}\n{END}{after}")
+        write_generated(arguments.write, COMMAND, result)
 
 
 if __name__ == "__main__":

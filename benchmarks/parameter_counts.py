@@ -1,6 +1,6 @@
 """Trainable parameters and adapter bytes on the shapes of the paper, from configs alone.
 
-    python benchmarks/parameter_counts.py
+    python -m benchmarks.parameter_counts
 
 Builds ViT-B/16 and Swin-B without weights, adapts them without the head, and prints the trainable parameters beside
 the paper's counts. The adapter of each is also written to disk to see what a file costs beyond its numbers.

@@ -2,10 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import features
+from benchmarks import architectures, features
+from benchmarks.markdown import write_generated
+from tests.architectures import ARCHITECTURES
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("feature", features.FEATURES.values(), ids=features.FEATURES)
@@ -14,14 +19,27 @@ def test_fact_has_every_feature_of_the_table(feature):
     feature("FacT")
 
 
+def test_architecture_table_has_the_counts_of_the_paper():
+    assert architectures.row("ViT", ARCHITECTURES["ViT"])[3:] == ("72", "144 of 768 x 768", "8,448")
+
+
+def test_generated_text_replaces_only_what_is_between_its_markers(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text("above\n<!-- begin: it -->\nold\n<!-- end: it -->\nbelow\n")
+    write_generated(file, "it", "new")
+    assert file.read_text() == "above\n<!-- begin: it -->\nnew\n<!-- end: it -->\nbelow\n"
+    with pytest.raises(ValueError, match="needs the lines <!-- begin: other -->"):
+        write_generated(file, "other", "new")
+
+
 @pytest.mark.parametrize(
     "command, expected",
     [
-        (["benchmarks/exactness.py", "--rank", "2"], "| float64 | q, k, v, o | tt |"),
-        (["benchmarks/parameter_counts.py"], "| ViT-B/16 | FacT-TT | 4 | 8,448 | 8,448 | 33,792 |"),
+        (["benchmarks.exactness", "--rank", "2"], "| float64 | q, k, v, o | tt |"),
+        (["benchmarks.parameter_counts"], "| ViT-B/16 | FacT-TT | 4 | 8,448 | 8,448 | 33,792 |"),
     ],
 )
 def test_commands_print_their_tables(command, expected):
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout

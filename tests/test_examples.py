@@ -1,0 +1,79 @@
+"""The examples are run as a user runs them, in a process of their own, on settings that take seconds."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+METHODS = ("linear-probe", "full-tuning", "LoRA", "FacT-TT", "FacT-TK")
+QUICK = ("--seeds", "0", "--learning_rates", "0.01", "--epochs", "2")
+
+
+def run_quickstart(folder: Path, *arguments: str | Path) -> str:
+    """What the script prints to standard output; it must succeed without a network."""
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "quickstart.py", *QUICK, "--output_dir", folder / "out", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def assert_is_whole(output: str, methods: tuple[str, ...]) -> None:
+    rows = re.findall(r"^(\S+) +[\d,]+ +[\d,]+ +[\d,]+ +0\.01 +\d+\.\d \(", output, re.MULTILINE)
+    assert rows == list(methods)
+    for state in ("reloaded", "merged"):
+        assert re.search(
+            rf"{state}: largest difference of logits \S+e[+-]\d+, all predicted labels equal: True", output
+        )
+
+
+@pytest.fixture
+def vit_folder(tmp_path: Path) -> Path:
+    """A tiny untrained ViT for two classes of 16x16 colour images, with its image processor."""
+    folder = tmp_path / "vit"
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Grey digits as a folder of PNG files per class, six of each of three classes, without a test split."""
+    folder = tmp_path / "images"
+    images, labels = load_digits(n_class=3, return_X_y=True)
+    for label in range(3):
+        (folder / str(label)).mkdir(parents=True)
+        for index, pixels in enumerate(images[labels == label][:6]):
+            Image.fromarray((pixels.reshape(8, 8) * 15).astype("uint8")).save(folder / str(label) / f"{index}.png")
+    return folder
+
+
+def test_quickstart_compares_all_methods_without_arguments_for_data(tmp_path: Path) -> None:
+    output = run_quickstart(tmp_path, "--pretraining_epochs", "1")
+    assert_is_whole(output, METHODS)
+    assert (tmp_path / "out" / "FacT-TT" / "adapter_model.safetensors").is_file()
+
+
+def test_quickstart_adapts_a_saved_model_to_a_folder_of_images(
+    tmp_path: Path, vit_folder: Path, image_folder: Path
+) -> None:
+    few = ("--train_per_class", "2", "--val_per_class", "2", "--batch_size", "3")
+    dataset = ("--dataset", "imagefolder", "--data_dir", image_folder)
+    output = run_quickstart(tmp_path, "--model", vit_folder, *dataset, *few, "--methods", "LoRA", "FacT-TK")
+    assert "Adapting to 3 classes with 2 labels each" in output
+    assert "on 6 test images" in output
+    assert_is_whole(output, ("LoRA", "FacT-TK"))
