@@ -4,22 +4,31 @@
 
 needs no network and no GPU. It pretrains a small ViT on 900 of scikit-learn's handwritten digits (8x8 pixels, light on
 dark, upright), then adapts it to a shifted task: other digits, dark on light and rotated by 90 degrees, of which 20 per
-class are labelled. Every method trains a fresh head, has the same steps and takes its learning rate from the same four,
-by accuracy on 20 more images per class; the 497 test images are of neither part. It prints, in 95 to 115 s on two busy
-CPU cores,
+class are labelled. Every method trains a fresh head for the same number of steps and takes its learning rate from the
+same grid, by accuracy on 20 further images per class with the first seed; the test images belong to none of these. In
+75 to 115 s on two CPU cores (torch 2.15, transformers 5.23, peft 0.21) it prints
 
-@TABLE@
+    Pretrained on 900 digits. Accuracy on 497 others: 96.6 % upright, 8.7 % inverted and rotated.
+    Adapting to 10 classes with 20 labels each. Accuracy on 497 test images, mean (min-max) over seeds 0, 1, 2:
+                 backbone params head params bytes on disk learning rate     test accuracy
+    linear-probe               0         650         2,792           0.1  74.1 (72.0-77.1)
+    full-tuning          201,536         650       816,504         0.001  90.2 (89.7-90.7)
+    LoRA                  36,864         650       156,072         0.005  88.9 (87.3-90.9)
+    FacT-TT                4,096         650        19,512          0.02  86.0 (85.5-86.5)
+    FacT-TK                1,920         650        10,896          0.02  84.6 (82.9-85.5)
+    FacT-TT, saved in outputs/quickstart/FacT-TT, then reloaded into a fresh backbone, then merged:
+    reloaded: largest difference of logits 0.0e+00, all predicted labels equal: True
+      merged: largest difference of logits 7.6e-06, all predicted labels equal: True
 
-Bytes include the head. Other seeds, which also pretrain and split anew (3 4 5, 6 7 8 and 9 10 11), gave linear-probe
-67-73, full-tuning 83-91, LoRA 84-88, FacT-TT 84-89 and FacT-TK 79-86. LoRA of about FacT's size (--rank 1, 4,608
-parameters) reached 85.6. It is a toy: logistic regression, trained to the end, reaches 77-84 on the frozen features but
-90-95 on the pixels themselves, which do not mind a rotation.
+Bytes include the head. With --seeds 3 4 5, 6 7 8 and 9 10 11, which also pretrain and split anew, the means were:
+linear-probe 67-73, full-tuning 83-91, LoRA 84-88, FacT-TT 84-89, FacT-TK 79-86. LoRA of about FacT's size (--rank 1,
+4,608 parameters) reached 85.6 with seeds 0, 1, 2. The task is a toy: logistic regression trained to the end reaches
+about 80 on the frozen features, but 90-95 on the bare pixels, to which rotating and inverting mean nothing.
 
-Any image classifier with a linear head `classifier` and any dataset do as well, from the Hub or from a folder; there is
-no pretraining then, and a large model wants smaller learning rates:
+With a model and a dataset from the Hub or a folder there is no pretraining. Any transformers model will do whose head
+is one linear layer `classifier`; large ones want smaller learning rates (--learning_rates 1e-4 1e-3 1e-2):
 
-    python examples/quickstart.py --model google/vit-base-patch16-224-in21k --dataset AI-Lab-Makerere/beans \\
-        --learning_rates 1e-4 1e-3 1e-2
+    python examples/quickstart.py --model google/vit-base-patch16-224-in21k --dataset AI-Lab-Makerere/beans
     python examples/quickstart.py --model path/to/vit --dataset imagefolder --data_dir path/to/images
 """
 
@@ -59,10 +68,10 @@ Model = PreTrainedModel | PeftModel
 @dataclass
 class Arguments:
     model: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of an image classifier. None: pretrain one on digits."}
+        default=None, metadata={"help": "Hub name or folder of an image classifier. Without: one pretrained on digits."}
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "Hub name, folder, or builder such as imagefolder. None: shifted digits."}
+        default=None, metadata={"help": "Hub name, folder, or builder such as imagefolder. Without: shifted digits."}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the files for a dataset builder."})
     methods: list[str] = field(
@@ -240,7 +249,7 @@ def save(model: Model, folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def compare(backbone: PreTrainedModel, task: Task, args: Arguments, folder: Path) -> dict[str, PeftModel]:
+def compare(backbone: PreTrainedModel, task: Task, args: Arguments, folder: Path) -> dict[str, Model]:
     """Print one row per method; returns the models of the last seed, saved below `folder`."""
     num_head = sum(parameter.numel() for parameter in backbone.classifier.parameters())
     models, rows = {}, {}
@@ -262,7 +271,7 @@ def compare(backbone: PreTrainedModel, task: Task, args: Arguments, folder: Path
     return models
 
 
-def show_agreement(trained: PeftModel, folder: Path, task: Task, args: Arguments) -> None:
+def show_agreement(trained: Model, folder: Path, task: Task, args: Arguments) -> None:
     """Reload a saved adapter into a fresh backbone and merge it: the predictions must stay what they were."""
     expected = predict(trained, task.test_images)
     reloaded = PeftModel.from_pretrained(load_backbone(args, task), folder)
