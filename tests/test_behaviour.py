@@ -14,8 +14,8 @@ from torch import nn
 
 from fact_peft import FacTConfig, FacTLinear
 
-# Merging rounds W + dW to the dtype of W, once per weight.
-MERGE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+# Merging rounds W + dW to the dtype of W, once per weight; the layers above pass the difference on.
+MERGE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 CASES = [
     pytest.param(decomposition, backbone, dtype, id=f"{decomposition}-{backbone}-{str(dtype).removeprefix('torch.')}")
     for decomposition in ("tt", "tk")

@@ -36,6 +36,7 @@ def test_generated_text_replaces_only_what_is_between_its_markers(tmp_path):
     "command, expected",
     [
         (["benchmarks.exactness", "--rank", "2"], "| float64 | q, k, v, o | tt |"),
+        (["benchmarks.conversion", "--skip-conversion"], "| FacT-TT | 0 | 1 | 0 |\n| FacT-TK | 0 | 1 | 0 |"),
         (["benchmarks.parameter_counts"], "| ViT-B/16 | FacT-TT | 4 | 8,448 | 8,448 | 33,792 |"),
     ],
 )

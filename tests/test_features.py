@@ -18,6 +18,9 @@ from peft import (
 )
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
 
 from fact_peft import FacTConfig, convert_to_lora, hotswap_adapter, save_as_lora
@@ -352,6 +355,36 @@ def test_transformers_own_adapter_methods(decomposition, backbone, modules_to_sa
     loaded.delete_adapter("default")
     assert torch.equal(scores(loaded), plain)
     assert not any("default" in name for name in loaded.state_dict())
+
+
+# FSDP
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("decomposition", ["tt", "tk"])
+def test_fully_sharded_blocks_train_and_save_the_same_adapter(decomposition, process_group):
+    """FSDP2, a unit per block and one for the rest, which holds the shared factors."""
+    plain, sharded = adapted(decomposition), adapted(decomposition)
+    for block in sharded.get_base_model().vit.layers:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    for model in (plain, sharded):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            logits(model.train(), images()).square().sum().backward()
+            optimizer.step()
+    whole = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    saved = get_peft_model_state_dict(sharded, state_dict=whole)
+    torch.testing.assert_close(saved, dict(get_peft_model_state_dict(plain)), rtol=0, atol=1e-6)
+    assert len(saved) == (5 if decomposition == "tt" else 6)
 
 
 # Beyond vision
