@@ -58,7 +58,7 @@ def errors(shape: tuple[int, int], decomposition: str, dtype: torch.dtype, rank:
     stack = FacTStack(slices.in_width, slices.out_width)
     stack.add_adapter("default", config, num_slices=2 * slices.count)
     # Every input of the comparison is representable in the dtype, so that only the arithmetic differs.
-    layer = FacTLinear(nn.Linear(*shape).to(dtype), fan_in_fan_out=False)
+    layer = FacTLinear(nn.Linear(*shape).to(dtype))
     stack.to(dtype)
     layer.update_layer("default", slices, stack)
     layer.set_adapter("default")

@@ -329,6 +329,14 @@ def test_conv1d_and_fan_in_fan_out():
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
+def test_fan_in_fan_out_of_a_linear_layer_is_put_right():
+    with pytest.warns(UserWarning, match=r"vit.layers.0.attention.q_proj is an nn.Linear, .* fan_in_fan_out=False"):
+        model = adapted(fan_in_fan_out=True)
+    assert model.peft_config["default"].fan_in_fan_out is False
+    expected = scores(model)
+    torch.testing.assert_close(scores(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
+
+
 def test_the_classifier_is_trained_unless_switched_off(caplog):
     for backbone in BACKBONES:
         with caplog.at_level("INFO", logger="fact_peft"):

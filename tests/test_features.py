@@ -381,6 +381,9 @@ def test_fully_sharded_blocks_train_and_save_the_same_adapter(decomposition, pro
             optimizer.zero_grad()
             logits(model.train(), images()).square().sum().backward()
             optimizer.step()
+    # Code that asks a sharded layer for its weight gets it as it is stored.
+    layer = sharded.get_base_model().vit.layers[0].mlp.fc1
+    assert layer.weight is layer.base_layer.weight
     whole = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
     saved = get_peft_model_state_dict(sharded, state_dict=whole)
     torch.testing.assert_close(saved, dict(get_peft_model_state_dict(plain)), rtol=0, atol=1e-6)

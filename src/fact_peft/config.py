@@ -40,8 +40,8 @@ class FacTConfig(PeftConfig):
         modules_to_save: Modules trained in full and saved with the adapter. None: the classifier of a classification
             model, as the method defines; ``[]``: none.
         bias: Which biases to train: ``"none"``, ``"all"``, or ``"fact_only"`` for those of the adapted layers.
-        fan_in_fan_out: True if the adapted layers store their weight as (in, out). transformers' ``Conv1D`` is
-            recognised without it.
+        fan_in_fan_out: As in LoRA, whether the adapted layers store their weight as (in, out). transformers' ``Conv1D``
+            does and is recognised; for an ``nn.Linear`` True is put right with a warning.
         init_weights: True: the authors' initialisation, V = 0, so that an untrained adapter changes nothing. False:
             every factor random.
         layout: Which layer owns which slices. Filled in when the adapter is created, saved with it, and compared with

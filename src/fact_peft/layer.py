@@ -56,11 +56,10 @@ class FacTLinear(nn.Module, FacTLayer):
 
     other_param_names = ("fact_slices",)
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool, **quantization: Any) -> None:
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         """
         Args:
             base_layer: ``nn.Linear``, quantised or not, or transformers' ``Conv1D``; frozen and kept inside.
-            fan_in_fan_out: Whether its weight is stored as (in, out).
             quantization: What PEFT needs to know to quantise a merged weight again.
         """
         super().__init__()
@@ -68,7 +67,7 @@ class FacTLinear(nn.Module, FacTLayer):
         shape = linear_shape(base_layer)
         assert shape is not None
         self.in_features, self.out_features = shape
-        self.fan_in_fan_out = fan_in_fan_out or isinstance(base_layer, Conv1D)
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # which stores its weight as (in, out)
         self.quantization_backend = find_quantization(base_layer, **quantization)
         self.fact_slices: dict[str, Slices] = {}
         # A plain dict hides the stacks from nn.Module, so that their factors belong to the model alone.
@@ -145,8 +144,9 @@ class FacTLinear(nn.Module, FacTLayer):
             self.unmerge()
         weight = super().weight
         shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
-        unreadable = self.quantization_backend is not None or weight.shape != shape
-        if self.disable_adapters or self.merged or unreadable:
+        # Sharded weights are flat (FSDP1, ZeRO-3) or no plain tensors (FSDP2).
+        whole = weight.shape == shape and type(weight.data) is Tensor and self.quantization_backend is None
+        if self.disable_adapters or self.merged or not whole:
             return weight
         for adapter_name in self.active_adapters:
             if adapter_name in self.fact_slices:

@@ -85,7 +85,7 @@ class FacTModel(BaseTuner):
         if adapter_name not in stack.fact_scale:
             stack.add_adapter(adapter_name, peft_config, stack_sizes(self._plan.values())[slices.stack])
         if not isinstance(target, FacTLinear):
-            layer = FacTLinear(target, peft_config.fan_in_fan_out, **get_quantization_kwargs(self.model))
+            layer = FacTLinear(target, **get_quantization_kwargs(self.model))
             self._replace_module(parent, target_name, layer, target)
             target = layer
         target.update_layer(adapter_name, slices, stack)

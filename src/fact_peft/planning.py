@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -128,6 +129,9 @@ def check_adapter_name(adapter_name: str) -> None:
 def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
     """Which slices each targeted layer will own; notes the layout on the config.
 
+    Warns:
+        UserWarning: If the config says `fan_in_fan_out` of an ``nn.Linear``.
+
     Raises:
         NoMatchingPeftModuleError: If nothing is targeted.
         ValueError: If a target is not a linear layer, the rank exceeds a layer's width, the config carries the layout
@@ -152,6 +156,13 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
                 "target_modules=None to adapt all of them inside the transformer blocks."
             )
         targets[name] = linears[name]
+        if config.fan_in_fan_out and isinstance(base_of(module), nn.Linear):
+            warnings.warn(
+                f"fan_in_fan_out=True, but {name} is an nn.Linear, which stores its weight as (out, in); "
+                "setting fan_in_fan_out=False.",
+                stacklevel=2,
+            )
+            config.fan_in_fan_out = False
 
     layout = describe_layout(targets)
     if config.layout is not None and config.layout != layout:
