@@ -1,6 +1,7 @@
 """Trainable parameters and adapter bytes on the shapes of the paper, from configs alone.
 
     python -m benchmarks.parameter_counts
+    python -m benchmarks.parameter_counts --write README.md
 
 Builds ViT-B/16 and Swin-B without weights, adapts them without the head, and prints the trainable parameters beside
 the paper's counts. The adapter of each is also written to disk to see what a file costs beyond its numbers.
@@ -8,14 +9,17 @@ the paper's counts. The adapter of each is also written to disk to see what a fi
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
+from benchmarks.markdown import write_generated
 from fact_peft import FacTConfig
 
+COMMAND = "python -m benchmarks.parameter_counts"
 VIT_B = (ViTForImageClassification, ViTConfig())
 SWIN_B = (
     SwinForImageClassification,
@@ -54,16 +58,25 @@ def adapter_bytes(model: PeftModel) -> int:
         return Path(folder, "adapter_model.safetensors").stat().st_size
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(f"| backbone | method | rank | parameters | paper | bytes of numbers | bytes on disk |\n|{'---|' * 7}")
+def table() -> Iterator[str]:
+    """The lines of the table."""
+    yield "| backbone | method | rank | parameters | paper | bytes of numbers | bytes on disk |"
+    yield f"|{'---|' * 7}"
     for name, decomposition, rank, published in ROWS:
         model = adapt(name, decomposition, rank)
         count, _ = model.get_nb_trainable_parameters()
-        print(
-            f"| {name} | FacT-{decomposition.upper()} | {rank} | {count:,} | {published:,} "
-            f"| {4 * count:,} | {adapter_bytes(model):,} |"
-        )
+        method = f"FacT-{decomposition.upper()}"
+        yield f"| {name} | {method} | {rank} | {count:,} | {published:,} | {4 * count:,} | {adapter_bytes(model):,} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file to write the table into")
+    file = parser.parse_args().write
+    text = "\n".join(table())
+    print(text)
+    if file is not None:
+        write_generated(file, COMMAND, text)
 
 
 if __name__ == "__main__":
