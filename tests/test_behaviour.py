@@ -108,10 +108,10 @@ def test_merge_and_unload_gives_the_plain_model_with_the_same_output(decompositi
 
 @in_float32
 def test_merge_and_unmerge_restore_the_output(decomposition, backbone):
-    model = adapted(decomposition, backbone)
+    model = adapted(decomposition, backbone, modules_to_save=[])  # with a head PEFT calls the status irregular
     expected, weights = scores(model), base_state(model)
     model.merge_adapter(safe_merge=True)
-    assert model.get_model_status().merged_adapters in (["default"], "irregular")  # PEFT cannot tell with a head
+    assert model.get_model_status().merged_adapters == ["default"]
     torch.testing.assert_close(scores(model), expected, rtol=0, atol=1e-5)
     model.unmerge_adapter()
     torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=1e-6)
@@ -292,7 +292,7 @@ def test_autocast_trains_float32_factors():
 def test_dropout_acts_on_the_activation_between_core_and_V():
     model = adapted(fact_dropout=0.5)
     layer = model.get_base_model().vit.layers[0].mlp.fc1
-    x, expected = torch.randn(1, 32), None
+    x = torch.randn(1, 32)
     U, core, V = layer.terms("default")
     h = (x @ U @ core).view(4, 4)
     layer.train()

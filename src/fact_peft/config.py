@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
+from torch import nn
 
 from .adapter_file import check_adapter_folder
 from .decomposition import DECOMPOSITIONS
@@ -163,3 +164,18 @@ class FacTConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_adapter_folder(Path(pretrained_model_name_or_path, subfolder or ""))
         return config
+
+
+def fact_config(model: nn.Module, adapter_name: str) -> FacTConfig:
+    """The config of a FacT adapter of `model`.
+
+    Raises:
+        ValueError: If `model` has no adapter of this name, or it is one of another method.
+    """
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"adapter_name={adapter_name!r} does not exist; the adapters are {sorted(configs)}.")
+    config = configs[adapter_name]
+    if not isinstance(config, FacTConfig):
+        raise ValueError(f"adapter_name={adapter_name!r} is not a FacT adapter but one of {config.peft_type}.")
+    return config

@@ -76,11 +76,17 @@ def low_rank_pair(U: Tensor, core: Tensor, V: Tensor, scale: float) -> tuple[Ten
 
 
 class Decomposition(ABC):
-    """How the cores Sigma_k of a stack are written. U and V are the same for every member of the family."""
+    """How the cores Sigma_k of a stack are written. U and V are the same for every member of the family.
+
+    Attributes:
+        core_factors: Names of the factors behind the cores.
+    """
+
+    core_factors: tuple[str, ...]
 
     @abstractmethod
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the factors behind the cores."""
+        """Shapes of the `core_factors`."""
 
     @abstractmethod
     def init_core(self, factors: Mapping[str, Tensor]) -> None:
@@ -112,6 +118,8 @@ class Decomposition(ABC):
 class TensorTrain(Decomposition):
     """FacT-TT, eq. 8: the cores are learned as they are. 2 d r + N r^2 parameters for a square stack."""
 
+    core_factors = ("Sigma",)
+
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"Sigma": (num_slices, rank, rank)}
 
@@ -124,6 +132,8 @@ class TensorTrain(Decomposition):
 
 class Tucker(Decomposition):
     """FacT-TK, eq. 10: the cores are mixtures of r shared ones. 2 d r + N r + r^3 parameters for a square stack."""
+
+    core_factors = ("C", "P")
 
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"C": (rank, rank, rank), "P": (num_slices, rank)}

@@ -81,13 +81,14 @@ class FacTStack(nn.Module, FacTLayer):
 
     def factors(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The factors of an adapter under their paper letters."""
-        holders = {name.removeprefix("fact_"): getattr(self, name) for name in self.adapter_layer_names}
-        return {name: holder[adapter_name] for name, holder in holders.items() if adapter_name in holder}
+        names = ("U", "V", *DECOMPOSITIONS[self.fact_decomposition[adapter_name]].core_factors)
+        return {name: getattr(self, f"fact_{name}")[adapter_name] for name in names}
 
     def cores(self, adapter_name: str, slices: Slices) -> Tensor:
         """Sigma_k (count, r, r) of a layer's slices."""
         decomposition = DECOMPOSITIONS[self.fact_decomposition[adapter_name]]
-        return decomposition.cores(self.factors(adapter_name), slices.first, slices.count)
+        factors = {name: getattr(self, f"fact_{name}")[adapter_name] for name in decomposition.core_factors}
+        return decomposition.cores(factors, slices.first, slices.count)
 
     @torch.no_grad()
     def place(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -10,7 +10,7 @@ from peft import PeftConfig, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
-from .config import FacTConfig
+from .config import FacTConfig, fact_config
 from .factors import FacTStack
 
 # What the compiled graph or the meaning of the numbers depends on.
@@ -38,9 +38,7 @@ def hotswap_adapter(
     """
     model = getattr(model, "_orig_mod", model)
     path = os.fspath(model_name_or_path)
-    loaded = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(loaded, FacTConfig):
-        raise ValueError(f"adapter_name={adapter_name!r} is not a FacT adapter of this {type(model).__name__}.")
+    loaded = fact_config(model, adapter_name)
     if PeftConfig._get_peft_type(path, **kwargs) != loaded.peft_type:
         raise ValueError(f"model_name_or_path={path!r} is not a FacT adapter.")
     saved = FacTConfig.from_pretrained(path, **kwargs)

@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import FacTConfig
+from .config import fact_config
 from .layer import FacTLinear
 
 PREFIX = "base_model.model."
@@ -33,10 +33,7 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
     Raises:
         ValueError: If the model has no such FacT adapter.
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(config, FacTConfig):
-        raise ValueError(f"adapter_name={adapter_name!r} is not a FacT adapter of this {type(model).__name__}.")
-
+    config = fact_config(model, adapter_name)
     pairs = {
         name.removeprefix(PREFIX): layer.low_rank_pair(adapter_name)
         for name, layer in model.named_modules()

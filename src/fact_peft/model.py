@@ -15,7 +15,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .combination import combined_config, fill_with_sum
-from .config import FacTConfig
+from .config import FacTConfig, fact_config
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
 from .layer import FacTLinear
 from .mixed_batch import mixed_batch
@@ -122,7 +122,7 @@ class FacTModel(BaseTuner):
         Raises:
             ValueError: If there is no such adapter, or `scale` is zero or not finite.
         """
-        config = self._fact_config(adapter_name)
+        config = fact_config(self, adapter_name)
         replace(config, scale=scale)  # for its checks
         config.scale = float(scale)
         for stack in self._stacks():
@@ -150,7 +150,7 @@ class FacTModel(BaseTuner):
             raise ValueError(f"weights={weights!r} must be finite numbers.")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} exists already; choose another name or delete it first.")
-        configs = {name: self._fact_config(name) for name in adapters}
+        configs = {name: fact_config(self, name) for name in adapters}
         self.peft_config[adapter_name] = combined_config(self.model, configs)
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -160,12 +160,6 @@ class FacTModel(BaseTuner):
         self._cast_adapter_dtype(adapter_name)
         ranks = [config.rank for config in configs.values()]
         fill_with_sum(self.model, adapter_name, dict(zip(adapters, weights, strict=True)), ranks)
-
-    def _fact_config(self, adapter_name: str) -> FacTConfig:
-        config = self.peft_config.get(adapter_name)
-        if not isinstance(config, FacTConfig):
-            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {sorted(self.peft_config)}.")
-        return config
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the stacks that no other adapter uses.

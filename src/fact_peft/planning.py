@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
@@ -137,8 +136,6 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
         ValueError: If a target is not a linear layer, the rank exceeds a layer's width, the config carries the layout
             of other layers, or the model has something else in the place of the factors.
     """
-    if config.target_modules == DUMMY_TARGET_MODULES:
-        return {}
     if not isinstance(getattr(model, FACTORS, SharedFactors()), SharedFactors):
         raise ValueError(
             f"{type(model).__name__} has an attribute {FACTORS!r} of its own, where FacT registers the shared factors; "
