@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fact_peft.tensorization import describe_layout, slice_shape, stack_sizes, tensorize
+from fact_peft.tensorization import describe_layout, read_layout, slice_shape, stack_sizes, tensorize
 
 sides = st.integers(1, 40)
 shapes = st.dictionaries(
@@ -40,6 +40,11 @@ def test_slices_are_square_exactly_where_the_sides_divide(linear_shapes):
 @given(shapes, shapes)
 def test_layouts_are_equal_only_for_equal_layers(one, other):
     assert (describe_layout(one) == describe_layout(other)) == (list(one.items()) == list(other.items()))
+
+
+@given(shapes)
+def test_a_layout_is_read_back_in_order(linear_shapes):
+    assert list(read_layout(describe_layout(linear_shapes)).items()) == list(linear_shapes.items())
 
 
 def test_vit_layout_is_one_line():

@@ -64,6 +64,12 @@ def increment(U: Tensor, core: Tensor, V: Tensor, scale: float) -> Tensor:
     return expand(h, V, scale, onto=h.new_zeros(h.shape[0], num_out_blocks * V.shape[0]))
 
 
+def increment_norm(U: Tensor, core: Tensor, V: Tensor, scale: float) -> float:
+    """Frobenius norm of dW, which is never built: the orthonormal parts of U and V do not change it."""
+    R_U, R_V = (torch.linalg.qr(factor, mode="r").R.contiguous() for factor in (U, V))
+    return increment(R_U, core, R_V, scale).norm().item()
+
+
 def low_rank_pair(U: Tensor, core: Tensor, V: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Matrices A (q, a d) and B (b e, q) with dW^T = B A exactly and q = min(a, b) r: the increment as a LoRA pair."""
     if core.shape[0] < core.shape[1]:  # fewer input than output blocks: the core goes to the output side

@@ -89,20 +89,28 @@ def stack_sizes(slices: Iterable[Slices]) -> dict[str, int]:
     return sizes
 
 
+def split_at_block(name: str) -> tuple[str, str, str]:
+    """Cut a layer's name ``"<container>.<index>.<path>"`` at its last index that has a path behind it.
+
+    Returns:
+        Container, index and path; of a layer outside all blocks container and index are empty.
+    """
+    match = re.fullmatch(r"(.*)\.(\d+)\.(.*?\D.*)", f".{name}")
+    container, index, path = match.groups() if match else ("", "", f".{name}")
+    return container[1:], index, path.removeprefix(".")
+
+
 def describe_layout(linear_shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     """Write down which layers a set of stacks was built from, in order and compactly.
 
     Equal blocks in a row share one line, so twelve blocks of a ViT read
     ``"vit.layers.0-11: attention.q_proj 768x768, ..., mlp.fc1 768x3072, mlp.fc2 3072x768"``. Two models get the same
-    description exactly when every slice belongs to the same layer in both.
+    description exactly when every slice belongs to the same layer in both; `read_layout` takes it back.
     """
-    # A layer is "<container>.<index>.<path>", split at the last index that has a path behind it.
     located = []
     for name, (in_features, out_features) in linear_shapes.items():
-        match = re.fullmatch(r"(.*)\.(\d+)\.(.*?\D.*)", f".{name}")
-        container, index, path = match.groups() if match else ("", "", f".{name}")
-        located.append((container[1:], index, f"{path.removeprefix('.')} {in_features}x{out_features}"))
-
+        container, index, path = split_at_block(name)
+        located.append((container, index, f"{path} {in_features}x{out_features}"))
     blocks = [
         (container, index, ", ".join(layer for _, _, layer in layers))
         for (container, index), layers in groupby(located, key=lambda item: item[:2])
@@ -120,3 +128,20 @@ def describe_layout(linear_shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         lines.append(f"{where}: {layers}" if where else layers)
         start = end
     return lines
+
+
+def read_layout(lines: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) by layer name, in order, of a layout that `describe_layout` wrote."""
+    linear_shapes = {}
+    for line in lines:
+        where, _, layers = line.rpartition(": ")
+        container, _, indices = where.rpartition(".")
+        first, _, last = indices.partition("-")
+        blocks = [str(index) for index in range(int(first), int(last or first) + 1)] if indices else [""]
+        for block in blocks:
+            for layer in layers.split(", "):
+                path, _, shape = layer.rpartition(" ")
+                in_features, _, out_features = shape.partition("x")
+                name = ".".join(part for part in (container, block, path) if part)
+                linear_shapes[name] = (int(in_features), int(out_features))
+    return linear_shapes

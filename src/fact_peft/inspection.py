@@ -1,0 +1,140 @@
+"""A look at a saved adapter without its base model: what is in the folder, and where in the network it acts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import Tensor
+
+from .config import FacTConfig
+from .decomposition import DECOMPOSITIONS, core_matrix, increment_norm
+from .factors import FACTORS
+from .tensorization import Slices, read_layout, split_at_block, tensorize
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a folder holds.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its configuration.
+        factors: The factors under their paper letters, by stack.
+        others: All other trained tensors by name: the head, biases.
+    """
+
+    folder: Path
+    config: FacTConfig
+    factors: dict[str, dict[str, Tensor]]
+    others: dict[str, Tensor]
+
+    @property
+    def slices(self) -> dict[str, Slices]:
+        """The slices of every adapted layer, by the layer's name."""
+        return tensorize(read_layout(self.config.layout or []))
+
+
+def read_adapter(adapter: str | Path) -> SavedAdapter:
+    """Read an adapter.
+
+    Args:
+        adapter: Its folder, or its name on the Hub, from where it is downloaded.
+
+    Raises:
+        ValueError: If it is an adapter of another method, or its file is damaged, renamed or missing.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(adapter), allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]))
+    config = PeftConfig.from_pretrained(str(folder))  # FacTConfig's checks the adapter file
+    if not isinstance(config, FacTConfig):
+        raise ValueError(f"{adapter} is not a FacT adapter but one of {config.peft_type}; only FacT's are read here.")
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter there with save_pretrained.")
+    factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    others = {}
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():
+            owner, _, name = key.rpartition(".")
+            container, _, stack = owner.rpartition(".")
+            if name.startswith("fact_") and container.rpartition(".")[2] == FACTORS:
+                factors[stack][name.removeprefix("fact_")] = tensors.get_tensor(key)
+            else:
+                others[key.removeprefix("base_model.model.")] = tensors.get_tensor(key)
+    return SavedAdapter(folder, config, dict(factors), others)
+
+
+def increment_norms(adapter: SavedAdapter) -> dict[str, float]:
+    """Frobenius norm of dW, scale included, by layer name. Costs r-sized products only."""
+    norms = {}
+    for name, slices in adapter.slices.items():
+        factors = {letter: factor.double() for letter, factor in adapter.factors[slices.stack].items()}
+        cores = DECOMPOSITIONS[adapter.config.decomposition].cores(factors, slices.first, slices.count)
+        core = core_matrix(cores.unflatten(0, (slices.num_in_blocks, slices.num_out_blocks)))
+        norms[name] = increment_norm(factors["U"], core, factors["V"], adapter.config.scale)
+    return norms
+
+
+def describe(adapter: SavedAdapter) -> str:
+    """The adapter in a few lines of text."""
+    config = adapter.config
+    sizes = {stack: sum(factor.numel() for factor in factors.values()) for stack, factors in adapter.factors.items()}
+    files = {name: (adapter.folder / name).stat().st_size for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
+    lines = [
+        f"method      FacT-{config.decomposition.upper()}, rank {config.rank}, scale {config.scale:g}",
+        f"base        {config.base_model_name_or_path or 'not recorded'}",
+        f"parameters  {sum(sizes.values()):,} in the factors, "
+        f"{sum(tensor.numel() for tensor in adapter.others.values()):,} in what is trained beside them",
+        "bytes       " + ", ".join(f"{size:,} {name}" for name, size in files.items()),
+    ]
+    for stack, size in sizes.items():
+        count = sum(slices.count for slices in adapter.slices.values() if slices.stack == stack)
+        shapes = ", ".join(f"{letter} {list(factor.shape)}" for letter, factor in adapter.factors[stack].items())
+        lines.append(f"stack       {count} slices of {stack}, {size:,} parameters: {shapes}")
+    lines += [f"layers      {line}" for line in config.layout or []]
+    lines += [f"beside      {name} {list(tensor.shape)}" for name, tensor in adapter.others.items()]
+    if labels := getattr(config, "labels", None):
+        lines.append(f"labels      {len(labels)}: {', '.join(labels)}")
+    norms = increment_norms(adapter)
+    if norms:
+        least, most = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
+        lines.append(f"||dW||      {norms[least]:.3g} ({least}) to {norms[most]:.3g} ({most})")
+    return "\n".join(lines)
+
+
+def draw_increments(norms: dict[str, float], file: str | Path, title: str = "") -> None:
+    """Draw ||dW|| as a map of blocks (rows) by matrices (columns).
+
+    Args:
+        norms: Frobenius norms by layer name, as `increment_norms` gives them.
+        file: Where to, in the format of its ending, such as ``.png``.
+        title: Text above the map.
+    """
+    from matplotlib.figure import Figure  # wanted for pictures only
+
+    located = {split_at_block(name): norm for name, norm in norms.items()}
+    blocks = list(dict.fromkeys((container, index) for container, index, _ in located))
+    matrices = list(dict.fromkeys(path for _, _, path in located))
+    grid = torch.full((len(blocks), len(matrices)), torch.nan)
+    for (container, index, path), norm in located.items():
+        grid[blocks.index((container, index)), matrices.index(path)] = norm
+
+    figure = Figure(figsize=(2.5 + 0.8 * len(matrices), 2 + 0.3 * len(blocks)), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0)
+    containers = list(dict.fromkeys(container for container, _ in blocks))
+    names = [index if len(containers) == 1 else f"{container}.{index}" for container, index in blocks]
+    axes.set_yticks(range(len(blocks)), names)
+    axes.set_ylabel("block" if len(containers) > 1 else f"block of {containers[0]}")
+    axes.set_xticks(range(len(matrices)), matrices, rotation=30, ha="right")
+    axes.set_title(title)
+    figure.colorbar(picture, label="Frobenius norm of dW")
+    figure.savefig(file, dpi=150)

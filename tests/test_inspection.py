@@ -1,0 +1,91 @@
+"""What an adapter's folder says of itself, against the live model that it was saved from."""
+
+import sys
+
+import pytest
+import torch
+from backbones import make_backbone
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from fact_peft import FacTConfig, FacTLinear
+from fact_peft.__main__ import main
+from fact_peft.inspection import increment_norms, read_adapter
+
+
+@pytest.fixture(params=[("vit", "tt"), ("vit", "tk"), ("swin", "tt"), ("timm", "tk")])
+def adapted(request, tmp_path):
+    """A randomly trained model and the folder it is saved in."""
+    backbone, decomposition = request.param
+    config = FacTConfig(rank=3, decomposition=decomposition, init_weights=False, scale=0.7, bias="fact_only")
+    model = get_peft_model(make_backbone(backbone), config)
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_norms_are_those_of_the_increments_of_the_live_model(adapted):
+    model, folder = adapted
+    norms = increment_norms(read_adapter(folder))
+    expected = {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default").norm().item()
+        for name, layer in model.named_modules()
+        if isinstance(layer, FacTLinear)
+    }
+    assert list(norms) == list(expected)
+    assert norms == pytest.approx(expected, rel=1e-5)  # those of the live model are float32
+
+
+def test_factors_and_the_rest_are_all_that_is_trained(adapted):
+    model, folder = adapted
+    adapter = read_adapter(folder)
+    factors = [factor for stack in adapter.factors.values() for factor in stack.values()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(tensor.numel() for tensor in [*factors, *adapter.others.values()]) == trained
+
+
+def test_the_command_prints_and_draws(adapted, tmp_path, monkeypatch, capsys):
+    model, folder = adapted
+    picture = tmp_path / "map.png"
+    monkeypatch.setattr(sys, "argv", ["fact_peft", str(folder), "--map", str(picture)])
+    main()
+    printed = capsys.readouterr().out
+    config = model.peft_config["default"]
+    num_factors = sum(p.numel() for name, p in model.named_parameters() if ".fact_" in name)
+    assert f"FacT-{config.decomposition.upper()}, rank 3, scale 0.7" in printed
+    assert f"{num_factors:,} in the factors" in printed
+    assert f"{(folder / 'adapter_model.safetensors').stat().st_size:,} adapter_model.safetensors" in printed
+    assert all(line in printed for line in config.layout)
+    with Image.open(picture) as image:
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 50  # a map with its colour bar, not a blank
+
+
+def test_an_adapter_of_another_method_is_refused(tmp_path):
+    get_peft_model(make_backbone("vit"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a FacT adapter but one of"):
+        read_adapter(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(adapted):
+    _, folder = adapted
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no adapter_model.safetensors"):
+        read_adapter(folder)
+
+
+def test_an_untrained_adapter_does_nothing_anywhere(tmp_path):
+    get_peft_model(make_backbone("vit"), FacTConfig(rank=3)).save_pretrained(tmp_path)
+    assert set(increment_norms(read_adapter(tmp_path)).values()) == {0.0}
+
+
+def test_norms_of_a_wide_layer_count_every_slice(tmp_path):
+    """fc1 owns four slices; with identity cores for them alone, and U, V orthonormal, each adds r to the square."""
+    model = get_peft_model(make_backbone("vit"), FacTConfig(rank=2))
+    stack = model.base_model.model.factors["32x32"]
+    with torch.no_grad():
+        stack.fact_Sigma["default"].zero_()
+        stack.fact_Sigma["default"][4:8] = torch.eye(2)  # after q, k, v, o of the first block
+        stack.fact_U["default"].copy_(torch.eye(32, 2))
+        stack.fact_V["default"].copy_(torch.eye(32, 2))
+    model.save_pretrained(tmp_path)
+    norms = increment_norms(read_adapter(tmp_path))
+    assert {name: norm for name, norm in norms.items() if norm} == {"vit.layers.0.mlp.fc1": pytest.approx(8**0.5)}
