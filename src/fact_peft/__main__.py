@@ -14,7 +14,7 @@ def main() -> None:
     adapter = read_adapter(arguments.adapter)
     print(describe(adapter))
     if arguments.map:
-        draw_increments(increment_norms(adapter), arguments.map, title=adapter.folder.name)
+        draw_increments(increment_norms(adapter), arguments.map)
         print(f"map         {arguments.map}")
 
 

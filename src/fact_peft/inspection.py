@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,6 +18,9 @@ from .config import FacTConfig
 from .decomposition import DECOMPOSITIONS, core_matrix, increment_norm
 from .factors import FACTORS
 from .tensorization import Slices, read_layout, split_at_block, tensorize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -110,16 +114,13 @@ def describe(adapter: SavedAdapter) -> str:
     return "\n".join(lines)
 
 
-def draw_increments(norms: dict[str, float], file: str | Path, title: str = "") -> None:
+def plot_increments(norms: dict[str, float], axes: Axes) -> None:
     """Draw ||dW|| as a map of blocks (rows) by matrices (columns).
 
     Args:
         norms: Frobenius norms by layer name, as `increment_norms` gives them.
-        file: Where to, in the format of its ending, such as ``.png``.
-        title: Text above the map.
+        axes: Where to; its figure gets a colour bar.
     """
-    from matplotlib.figure import Figure  # wanted for pictures only
-
     located = {split_at_block(name): norm for name, norm in norms.items()}
     blocks = list(dict.fromkeys((container, index) for container, index, _ in located))
     matrices = list(dict.fromkeys(path for _, _, path in located))
@@ -127,14 +128,21 @@ def draw_increments(norms: dict[str, float], file: str | Path, title: str = "") 
     for (container, index, path), norm in located.items():
         grid[blocks.index((container, index)), matrices.index(path)] = norm
 
-    figure = Figure(figsize=(2.5 + 0.8 * len(matrices), 2 + 0.3 * len(blocks)), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0)
+    picture = axes.imshow(grid.numpy(), aspect="auto", vmin=0)
     containers = list(dict.fromkeys(container for container, _ in blocks))
     names = [index if len(containers) == 1 else f"{container}.{index}" for container, index in blocks]
     axes.set_yticks(range(len(blocks)), names)
     axes.set_ylabel("block" if len(containers) > 1 else f"block of {containers[0]}")
     axes.set_xticks(range(len(matrices)), matrices, rotation=30, ha="right")
-    axes.set_title(title)
-    figure.colorbar(picture, label="Frobenius norm of dW")
+    axes.set_title("Frobenius norm of dW")
+    axes.figure.colorbar(picture, ax=axes)
+
+
+def draw_increments(norms: dict[str, float], file: str | Path) -> None:
+    """Save the map of `plot_increments`, in the format of the file's ending, such as ``.png``."""
+    from matplotlib.figure import Figure  # wanted for pictures only
+
+    num_blocks = len({split_at_block(name)[:2] for name in norms})
+    figure = Figure(figsize=(8, 2 + 0.3 * num_blocks), layout="constrained")
+    plot_increments(norms, figure.subplots())
     figure.savefig(file, dpi=150)
