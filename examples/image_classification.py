@@ -26,12 +26,14 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from fact_peft.card import write_model_card
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from PIL import Image as PILImage
@@ -45,6 +47,8 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -53,7 +57,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fact_peft import FacTConfig, push_image_classifier, write_model_card
+from fact_peft import FacTConfig, load_image_classifier, push_image_classifier
 from fact_peft.inspection import increment_norms, plot_increments, read_adapter
 
 COMPLETE = "complete.json"  # written into a checkpoint last
@@ -157,7 +161,7 @@ def pretrain(folder: Path, upright: Dataset) -> None:
     recipe.distributed_state.wait_for_everyone()
 
 
-def read_splits(args: Arguments, seed: int) -> DatasetDict:
+def read_splits(args: Arguments) -> DatasetDict:
     """Splits train, validation and, if there is one, test.
 
     Raises:
@@ -234,7 +238,8 @@ def readable(split: str, dataset: Dataset, column: str, choice: str) -> Dataset:
 
     def reason(image: dict[str, Any]) -> str:
         try:
-            Image().decode_example(image).load()
+            with PILImage.open(BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+                opened.load()
         except Exception as error:  # whatever a decoder may raise on damaged bytes
             return f"{image['path'] or 'image'}: {error}"
         return ""
@@ -299,7 +304,7 @@ class WholeCheckpoints(TrainerCallback):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called when all processes have written their part."""
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
@@ -403,7 +408,7 @@ def main() -> None:
         args.model = str(folder / "backbone")
         pretrain(Path(args.model), upright)
     else:
-        splits = read_splits(args, training.seed)
+        splits = read_splits(args)
 
     image_column, label_column = find_columns(args, splits["train"].features)
     labels = class_names(splits["train"], label_column)
@@ -436,10 +441,11 @@ def main() -> None:
     best.save_model(str(folder))  # called by all processes, which may each hold a part
     if best.is_world_process_zero():
         processor.save_pretrained(folder)
-        write_model_card(folder, metrics)
+        write_model_card(folder, folder.resolve().name, metrics)
         draw(best, folder)
-        if push:
-            push_image_classifier(folder, training.hub_model_id, token=training.hub_token)
+        if push:  # what was saved, for the model in memory may be in parts
+            classifier = load_image_classifier(folder)
+            push_image_classifier(*classifier, training.hub_model_id, metrics=metrics, token=training.hub_token)
         print(f"saved in {folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
 
 
