@@ -53,6 +53,7 @@ class Run(NamedTuple):
 
 
 def make_job(args: Namespace, run: Run, rank: int, scale: float) -> Job:
+    """The run on the train list of `run.shots` and `run.seed`; validation and test lists are the set's."""
     lists = few_shot_annotations(Path(args.data), run.name)
     return Job(
         **recipe(args),
@@ -114,10 +115,10 @@ def table(
     header = ["set", "shots", "rank", "scale", "normalisation", "last epoch", "selected on val", "paper"]
     rows = []
     for name, shots in last:
-        rank, scale = settings.get((name, shots), ("", ""))
+        setting = [f"{value:g}" for value in settings[name, shots]] if name != AVERAGE else ["", ""]
         ours = [mean_and_range(accuracies[name, shots]) for accuracies in (last, selected)]
         paper = beside(last[name, shots], published.get((name, shots)))
-        rows.append([name, str(shots), str(rank), str(scale), normalization, *ours, *paper])
+        rows.append([name, str(shots), *setting, normalization, *ours, *paper])
     return markdown([*header, "last epoch - paper"], rows)
 
 
@@ -137,7 +138,7 @@ def plot(last: Accuracies, selected: Accuracies, published: Published, title: st
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("shots")
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("top-1 accuracy on the test images, %")
+    panels[0][0].set_ylabel("test accuracy, %")
     figure.suptitle(title, fontsize=10)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=150)
