@@ -349,16 +349,12 @@ def records(output):
 def test_a_killed_benchmark_leaves_nothing_running_and_resumes(synthetic, tmp_path, command, capsys):
     arguments = (*small(synthetic, "vtab", tmp_path), "--tasks", "kitti", "svhn", "--decompositions", "tk")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.vtab", *map(str, arguments)], cwd=ROOT, env=environment
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "results.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    descendants = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
+    command_line = [sys.executable, "-m", "benchmarks.vtab", *map(str, arguments)]
+    with subprocess.Popen(command_line, cwd=ROOT, env=environment) as process:
+        while not (tmp_path / "results.json").exists() and process.poll() is None:
+            time.sleep(0.02)
+        descendants = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
     _, alive = psutil.wait_procs(descendants, timeout=60)
     assert descendants and not alive
     kept = records(tmp_path)
@@ -403,7 +399,7 @@ def test_few_shot_uses_the_published_lists(synthetic, tmp_path, command, capsys)
     }
     assert {r["measured"]["train_images"] for r in records(tmp_path)} == {3, 6}
     assert {(job.rank, job.scale, job.learning_rate) for job in ran} == {(16, 1.0, 0.005)}
-    assert "| flowers102 | 2 | 16 | 1.0 | imagenet |" in capsys.readouterr().out
+    assert "| flowers102 | 2 | 16 | 1 | imagenet |" in capsys.readouterr().out
     assert command(few_shot, *arguments, "--shots", 1, 2, "--seeds", 0, 1) == []
 
 
