@@ -1,7 +1,7 @@
 """Two processes on CPU under each configuration of examples/accelerate, against one process.
 
-Each launch runs all settings of `benchmarks.launchers` and then examples/accelerate_loop.py. The configuration files are
-as shipped; only the choice of the device is replaced (benchmarks/on_cpu.py).
+Each launch runs all settings of `benchmarks.launchers` and then examples/accelerate_loop.py. The configuration files
+are as shipped; only the choice of the device is replaced (benchmarks/on_cpu.py).
 """
 
 import os
