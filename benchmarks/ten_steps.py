@@ -84,6 +84,7 @@ def train(launcher: str, backbone: Path, decomposition: str, checkpointing: bool
         # Newer versions of transformers have another name for it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == checkpointing
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=1e-4)
     images = DataLoader(RandomImages(), batch_size=GLOBAL_BATCH // accelerator.num_processes)
