@@ -14,7 +14,7 @@ from .config import FacTConfig
 
 BEGIN = "<!-- begin: written by fact_peft when the adapter is saved; what stands outside is kept -->"
 END = "<!-- end: written by fact_peft -->"
-# First line of the forms that peft and transformers leave in a folder or repository for somebody to fill in.
+# Title of the forms that peft and transformers leave in a folder or repository for somebody to fill in.
 BLANK_FORM = "# Model Card for Model ID"
 METHODS = {"tt": "FacT-TT, tensor-train", "tk": "FacT-TK, Tucker"}
 MAX_LABELS = 100

@@ -32,7 +32,8 @@ def save_image_classifier(
 
     Args:
         model: A transformers image classifier with a FacT adapter.
-        image_processor: What prepares its images.
+        image_processor: What prepares its images. One of timm cannot be saved; `load_image_classifier` then takes the
+            base model's.
         folder: Where to save. Of a model card that lies there, what a user wrote is kept.
         metrics: Results to list in the model card, such as ``{"accuracy": 0.93}``.
         base_model: Hub id of the base model, if it was not loaded by that.
@@ -116,10 +117,10 @@ def push_image_classifier(
             f"The base model {base!r} is not on the Hub, so nobody else could load this adapter; pass base_model=, the "
             "Hub id of the base model (push it first if it is your own)."
         )
-    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_files(model, image_processor, folder, base)
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         try:
             shutil.copyfile(hf_hub_download(repo_id, "README.md", token=token), folder / "README.md")
         except EntryNotFoundError:
