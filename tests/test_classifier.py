@@ -123,6 +123,7 @@ def test_hotswap_exchanges_the_labels_too(tmp_path):
     adapted(tmp_path / "base", ["w", "x", "y", "z"]).save_pretrained(tmp_path / "other")
     model = adapted(tmp_path / "base")
     hotswap_adapter(model, tmp_path / "other")
+    assert model.peft_config["default"].labels == ["w", "x", "y", "z"]
     model.save_pretrained(tmp_path / "again")
     assert saved_labels(tmp_path / "again") == ["w", "x", "y", "z"]
 
