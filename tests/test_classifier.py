@@ -166,7 +166,7 @@ def test_base_model_can_be_given(kind, tmp_path, monkeypatch):
     save_image_classifier(model, PROCESSOR, tmp_path / "adapter", base_model="nobody/has-this")
     assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    given = {"model": base(tmp_path / "base"), "folder": tmp_path / "base", "name": "base"}[kind]
+    given = {"model": base(tmp_path / "base", list("wxyz")), "folder": tmp_path / "base", "name": "base"}[kind]
     loaded, _ = load_image_classifier(tmp_path / "adapter", base_model=given)
     assert torch.equal(scores(loaded), scores(model))
     assert loaded.config.id2label == dict(enumerate(NAMES))
