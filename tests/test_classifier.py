@@ -11,7 +11,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedModel,
+    ViTImageProcessor,
+)
 
 from fact_peft import FacTConfig, hotswap_adapter, load_image_classifier, save_image_classifier
 
@@ -158,6 +164,17 @@ def test_every_image_classifier_comes_back_bit_equal(name, tmp_path):
     assert loaded(**inputs).logits.shape[-1] == len(NAMES)
     assert loaded.config.id2label == dict(enumerate(NAMES)) and not loaded.training
     assert processor.to_dict() == PROCESSOR.to_dict()
+
+
+def test_class_is_the_one_that_was_trained_also_if_the_base_is_saved_as_another(tmp_path):
+    ARCHITECTURES["DeiT"].build().deit.save_pretrained(tmp_path / "base")
+    backbone = DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path / "base", num_labels=3)
+    model = get_peft_model(backbone, FacTConfig(rank=2, init_weights=False)).eval()
+    save_image_classifier(model, PROCESSOR, tmp_path / "adapter")
+    loaded, _ = load_image_classifier(tmp_path / "adapter")
+    inputs = ARCHITECTURES["DeiT"].inputs()
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("kind", ["model", "folder", "name"])
