@@ -1,5 +1,6 @@
 """FacT, Factor-Tuning (Jie & Deng, AAAI 2023), as a PEFT method. Importing this package registers it with PEFT."""
 
+from .classifier import load_image_classifier, push_image_classifier, save_image_classifier
 from .config import FacTConfig
 from .hotswap import hotswap_adapter
 from .layer import FacTLinear
@@ -8,6 +9,16 @@ from .model import FacTModel
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["FacTConfig", "FacTLinear", "FacTModel", "convert_to_lora", "hotswap_adapter", "save_as_lora"]
+__all__ = [
+    "FacTConfig",
+    "FacTLinear",
+    "FacTModel",
+    "convert_to_lora",
+    "hotswap_adapter",
+    "load_image_classifier",
+    "push_image_classifier",
+    "save_as_lora",
+    "save_image_classifier",
+]
 
 register(FacTConfig, FacTModel)

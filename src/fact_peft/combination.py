@@ -28,6 +28,7 @@ def combined_config(model: nn.Module, configs: dict[str, FacTConfig]) -> FacTCon
             if isinstance(layer, FacTLinear) and not configs.keys().isdisjoint(layer.fact_slices)
         },
         modules_to_save=list(dict.fromkeys(heads)),
+        labels=first.labels if all(config.labels == first.labels for config in configs.values()) else None,
         base_model_name_or_path=first.base_model_name_or_path,
         revision=first.revision,
         task_type=first.task_type,

@@ -15,7 +15,7 @@ from .adapter_file import check_adapter_folder
 from .decomposition import DECOMPOSITIONS
 
 # Fields that are filled in from the model when an adapter is created, as far as the user left them open.
-FILLED_IN = ("target_modules", "modules_to_save", "layout")
+FILLED_IN = ("target_modules", "modules_to_save", "labels", "layout")
 
 
 @dataclass
@@ -45,6 +45,8 @@ class FacTConfig(PeftConfig):
             does and is recognised; for an ``nn.Linear`` True is put right with a warning.
         init_weights: True: the authors' initialisation, V = 0, so that an untrained adapter changes nothing. False:
             every factor random.
+        labels: Class names in the order of the logits, saved with the adapter. None: what the model's
+            ``config.id2label`` says, if a module of `modules_to_save` has so many outputs.
         layout: Which layer owns which slices. Filled in when the adapter is created, saved with it, and compared with
             the model when the adapter is loaded; not for users to set.
 
@@ -90,6 +92,12 @@ class FacTConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "True: V = 0, so dW = 0 at the start. False: every factor random."}
     )
+    labels: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Class names in the order of the logits. None: those of the model's config, if its head fits."
+        },
+    )
     layout: list[str] | None = field(
         default=None, metadata={"help": "Which layer owns which slices; filled in when the adapter is created."}
     )
@@ -116,6 +124,10 @@ class FacTConfig(PeftConfig):
         for name in ("fan_in_fan_out", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a bool; pass True or False.")
+        if self.labels is not None and (
+            not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels)
+        ):
+            raise ValueError(f"labels={self.labels!r} is not a list of strings; pass one class name per logit.")
         self._check_layer_selection()
 
     def _check_rank(self) -> None:

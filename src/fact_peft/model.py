@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .combination import combined_config, fill_with_sum
 from .config import FacTConfig, fact_config
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
+from .labels import current_labels
 from .layer import FacTLinear
 from .mixed_batch import mixed_batch
 from .planning import check_adapter_name, fill_in, is_targeted, plan_slices, remember_filled_in
@@ -222,22 +223,25 @@ class FacTModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, FacTStack) and adapter_name in module.fact_scale:
                 vars(config).update(module.fact_filled_in[adapter_name], scale=module.fact_scale[adapter_name])
+        assert isinstance(config, FacTConfig)
+        config.labels = current_labels(config.labels, model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As `BaseTuner`, and refuse factors that do not fit before the first one is copied.
+        """As `BaseTuner`, and refuse factors and heads that do not fit before the first one is copied.
 
         Raises:
-            ValueError: If a factor is missing, has another shape than in the model, or is not finite.
+            ValueError: If a factor is missing or not finite, or a factor or head has another shape than in the model.
         """
         assert isinstance(config, FacTConfig)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problems = []
         for name, parameter in model.named_parameters():
-            if f".{cls.prefix}" not in name or not name.endswith(f".{adapter_name}"):
+            is_factor = f".{cls.prefix}" in name and name.endswith(f".{adapter_name}")
+            if not is_factor and f".modules_to_save.{adapter_name}." not in name:
                 continue
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps the whole shape there
             if name not in remapped:
@@ -248,8 +252,9 @@ class FacTModel(BaseTuner):
                 problems.append(f"{name}: holds NaN or infinity")
         if problems:
             raise ValueError(
-                f"The factors do not fit adapter {adapter_name!r} (rank={config.rank}, "
+                f"The saved numbers do not fit adapter {adapter_name!r} (rank={config.rank}, "
                 f"decomposition={config.decomposition!r}):\n  " + "\n  ".join(problems) + "\n"
-                "Load them into an adapter made with the config they were saved with."
+                "Load them into an adapter made with the config they were saved with, on a model with as many labels "
+                "(num_labels)."
             )
         return remapped

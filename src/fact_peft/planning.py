@@ -19,6 +19,7 @@ from torch import nn
 from .config import FILLED_IN, FacTConfig
 from .discovery import base_of, find_block_linears, find_classifiers, find_linears, walk
 from .factors import FACTORS, SharedFactors
+from .labels import fitting_labels
 from .layer import find_quantization
 from .tensorization import Slices, describe_layout, tensorize
 
@@ -33,6 +34,9 @@ def fill_in(config: FacTConfig, model: nn.Module) -> dict[str, Any]:
 
     Returns:
         What the user gave for the fields that may be filled in.
+
+    Raises:
+        ValueError: If the labels do not fit the head, or the head is quantised.
     """
     for name, (given, filled) in vars(config).pop("_filled_in", {}).items():
         if getattr(config, name) is filled:
@@ -44,6 +48,7 @@ def fill_in(config: FacTConfig, model: nn.Module) -> dict[str, Any]:
             check_trainable(classifiers, model)
             config.modules_to_save = classifiers
             logger.info("FacT also trains and saves modules_to_save=%s; pass [] to switch this off.", classifiers)
+    config.labels = fitting_labels(config.labels, model, config.modules_to_save or [])
     if config.target_modules is None:
         config.target_modules = default_targets(config, model)
     _maybe_include_all_linear_layers(config, model)

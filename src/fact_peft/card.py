@@ -1,0 +1,142 @@
+"""The model card of a saved adapter, written from the files beside it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from .base_model import base_class, is_hub_id
+from .config import FacTConfig
+
+BEGIN = "<!-- begin: written by fact_peft when the adapter is saved; what stands outside is kept -->"
+END = "<!-- end: written by fact_peft -->"
+# Title of the forms that peft and transformers leave in a folder or repository for somebody to fill in.
+BLANK_FORM = "# Model Card for Model ID"
+METHODS = {"tt": "FacT-TT, tensor-train", "tk": "FacT-TK, Tucker"}
+MAX_LABELS = 100
+
+
+def write_model_card(folder: Path, name: str, metrics: dict[str, float] | None = None) -> None:
+    """Write or update ``README.md`` beside a saved adapter.
+
+    Of a card that exists, everything is kept but the metadata that follow from the adapter and the part between our two
+    comments; a card without them keeps its whole text.
+
+    Args:
+        folder: Where ``adapter_config.json`` and ``adapter_model.safetensors`` lie.
+        name: What the card calls the adapter and loads it by: its Hub id, or the name of its folder.
+        metrics: Results to list, by name.
+    """
+    config = FacTConfig.from_pretrained(str(folder))
+    assert isinstance(config, FacTConfig)
+    file = folder / "README.md"
+    section = f"{BEGIN}\n{card_text(config, folder / SAFETENSORS_WEIGHTS_NAME, name, metrics or {})}\n{END}\n"
+    card = ModelCard(file.read_text(encoding="utf-8") if file.exists() else "---\n{}\n---\n")
+    if not card.text.strip() or BLANK_FORM in card.text:
+        card.text = f"\n{section}"
+    elif BEGIN in card.text and END in card.text:
+        before, _, rest = card.text.partition(BEGIN)
+        card.text = before + section + rest.partition(END)[2].removeprefix("\n")
+    assert isinstance(card.data, ModelCardData)
+    update_metadata(card.data, config)
+    card.save(file)
+
+
+def update_metadata(data: ModelCardData, config: FacTConfig) -> None:
+    """Set what follows from the adapter; keep the rest, such as the license."""
+    data.library_name = "peft"
+    data.pipeline_tag = data.pipeline_tag or "image-classification"
+    tags = {tag for tag in data.tags or [] if not tag.startswith("base_model:")} | {"fact", "transformers"}
+    if is_hub_id(config.base_model_name_or_path):
+        data.base_model = config.base_model_name_or_path
+        tags.add(f"base_model:adapter:{data.base_model}")
+    elif isinstance(data.base_model, str) and not is_hub_id(data.base_model):
+        data.base_model = None  # a local folder, as PEFT writes it
+    data.tags = sorted(tags)
+
+
+def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, float]) -> str:
+    """What the adapter is, its labels and results, and the code that loads it, as Markdown."""
+    in_factors, others = count_parameters(file)
+    heads = ", ".join(config.modules_to_save or [])
+    has_base = is_hub_id(config.base_model_name_or_path)
+    base = f"[{config.base_model_name_or_path}](https://huggingface.co/{config.base_model_name_or_path})"
+    lines = [
+        f"# {name}",
+        "",
+        f"An image classifier: {base if has_base else 'a vision transformer'}, fine-tuned with",
+        "[FacT, Factor-Tuning](https://arxiv.org/abs/2212.03145), a method of parameter-efficient fine-tuning.",
+        "The files hold the factors and the trained head; the base model is loaded from its own place.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method | {METHODS[config.decomposition]} |",
+        f"| rank | {config.rank} |",
+        f"| scale | {config.scale:g} |",
+        f"| parameters of the factors | {in_factors:,} |",
+        f"| other trained parameters{f' (head: {heads})' if heads else ''} | {others:,} |",
+        f"| bytes of {file.name} | {file.stat().st_size:,} |",
+        "",
+    ]
+    if config.labels:
+        more = len(config.labels) - MAX_LABELS
+        listed = ", ".join(f"`{label}`" for label in config.labels[:MAX_LABELS])
+        lines += ["## Labels", "", listed + (f" and {more} more, see adapter_config.json" if more > 0 else ""), ""]
+    if metrics:
+        rows = [f"| {metric} | {value:.6g} |" for metric, value in metrics.items()]
+        lines += ["## Results", "", "| metric | value |", "|---|---|", *rows, ""]
+    return "\n".join([*lines, *usage(config, name, has_base)])
+
+
+def usage(config: FacTConfig, name: str, has_base: bool) -> list[str]:
+    """The code that loads the adapter, as Markdown."""
+    architecture = base_class(config).__name__
+    base = config.base_model_name_or_path if has_base else "name or folder of the base model"
+    arguments = f", num_labels={len(config.labels)}, ignore_mismatched_sizes=True" if config.labels else ""
+    if has_base and config.revision:
+        arguments += f', revision="{config.revision}"'
+    return [
+        "## Use",
+        "",
+        "Ready to classify, with labels and preprocessing:",
+        "",
+        "```python",
+        "from fact_peft import load_image_classifier",
+        "from transformers import pipeline",
+        "",
+        f'model, image_processor = load_image_classifier("{name}"'
+        + ("" if has_base else f', base_model="{base}"')
+        + ")",
+        'classify = pipeline("image-classification", model=model, image_processor=image_processor)',
+        'print(classify("image.png"))',
+        "```",
+        "",
+        "With PEFT alone, say to train on or to merge:",
+        "",
+        "```python",
+        "import fact_peft  # makes the method known to PEFT",
+        "from peft import PeftModel",
+        f"from transformers import {architecture}",
+        "",
+        f'base = {architecture}.from_pretrained("{base}"{arguments})',
+        f'model = PeftModel.from_pretrained(base, "{name}")',
+        "```",
+    ]
+
+
+def count_parameters(file: Path) -> tuple[int, int]:
+    """Numbers in an adapter file: (those of the factors, those of head and biases)."""
+    in_factors = others = 0
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():
+            count = math.prod(tensors.get_slice(key).get_shape())
+            if ".fact_" in key:
+                in_factors += count
+            # With bias="all", PEFT saves the biases of the head again under the names they have inside its wrapper.
+            elif ".original_module." not in key and ".modules_to_save." not in key:
+                others += count
+    return in_factors, others
