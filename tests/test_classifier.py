@@ -273,6 +273,12 @@ def test_card_names_no_local_folder(tmp_path):
     assert "base_model" not in card_of(tmp_path / "adapter").data.to_dict()
 
 
+def test_name_of_a_folder_here_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_image_classifier(adapted(tmp_path / "base"), PROCESSOR, tmp_path / "adapter", base_model="base")
+    assert "base_model" not in card_of(tmp_path / "adapter").data.to_dict()
+
+
 def test_card_is_brought_up_to_date_around_what_a_user_wrote(tmp_path):
     model = adapted(tmp_path / "base")
     save_image_classifier(model, PROCESSOR, tmp_path / "adapter", {"accuracy": 0.5}, base_model="me/old")
