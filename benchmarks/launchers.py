@@ -59,18 +59,23 @@ def commands(launcher: str, folder: Path) -> list[list[str]]:
     ]
 
 
-def launch(launcher: str, scripts: list[list[str]]) -> str:
+def launch(launcher: str, scripts: list[list[str]], *options: str) -> str:
     """Run scripts one after another in one launch of two processes on CPU; what they printed.
+
+    Args:
+        launcher: Which configuration file.
+        scripts: A script and its arguments each.
+        options: More options of `accelerate launch`, which go before those of the file.
 
     Raises:
         RuntimeError: If one fails.
     """
-    launch_file = [sys.executable, "-m", "accelerate.commands.launch"]
-    options = ["--config_file", str(ROOT / f"examples/accelerate/{launcher}.yaml"), "--main_process_port", "0"]
+    launch_file = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    file = ["--config_file", str(ROOT / f"examples/accelerate/{launcher}.yaml"), "--main_process_port", "0"]
     chained = [argument for script in scripts for argument in ("--then", *script)][1:]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
-        [*launch_file, *options, str(ROOT / "benchmarks" / "on_cpu.py"), *chained],
+        [*launch_file, *file, str(ROOT / "benchmarks" / "on_cpu.py"), *chained],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

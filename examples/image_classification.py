@@ -33,9 +33,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
-from fact_peft.card import write_model_card
 from matplotlib.figure import Figure
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from transformers import (
@@ -58,6 +57,7 @@ from transformers import (
 from transformers.utils import logging
 
 from fact_peft import FacTConfig, load_image_classifier, push_image_classifier
+from fact_peft.card import write_model_card
 from fact_peft.inspection import increment_norms, plot_increments, read_adapter
 
 COMPLETE = "complete.json"  # written into a checkpoint last
@@ -112,6 +112,7 @@ class Recipe(TrainingArguments):
     save_total_limit: int = 2  # the best and the last
     load_best_model_at_end: bool = True
     metric_for_best_model: str = "accuracy"
+    max_grad_norm: float = 1e9  # no clipping; a number, since DeepSpeed takes 0 for 1 and wants that of its own file
     remove_unused_columns: bool = False
     label_names: list[str] = field(default_factory=lambda: ["labels"])
     disable_tqdm: bool = False
@@ -278,7 +279,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def make_model(args: Arguments, scale: float, labels: list[str]) -> torch.nn.Module:
+def make_model(args: Arguments, scale: float, labels: list[str], seed: int) -> PeftModel:
     """The backbone with a fresh head for `labels`, adapted with FacT."""
     config = AutoConfig.from_pretrained(args.model)
     drop_path = {"drop_path_rate": args.drop_path} if hasattr(config, "drop_path_rate") else {}
@@ -291,7 +292,12 @@ def make_model(args: Arguments, scale: float, labels: list[str]) -> torch.nn.Mod
         **drop_path,
     )
     config = FacTConfig(rank=args.rank, decomposition=args.decomposition, scale=scale, fact_dropout=args.fact_dropout)
-    return get_peft_model(backbone, config)
+    set_seed(seed)  # the factors start equal on all ranks, whatever the launcher did to load the backbone
+    # Under ZeRO-3 with bf16 the head is bfloat16 by now, and DeepSpeed wants factors and head in one type.
+    model = get_peft_model(backbone, config, autocast_adapter_dtype=False)
+    # accelerate 1.15 makes the patch embedding an FSDP2 unit of its own, which cannot lie inside another one.
+    model._no_split_modules = [name for name in model._no_split_modules or [] if not name.endswith("Embeddings")]
+    return model
 
 
 class WholeCheckpoints(TrainerCallback):
@@ -362,7 +368,7 @@ def fit(args: Arguments, training: Recipe, scale: float, labels: list[str], data
     resume_from = checkpoints.last(training.output_dir)
     set_seed(training.seed)
     trainer = Trainer(
-        make_model(args, scale, labels),
+        make_model(args, scale, labels, training.seed),
         training,
         data_collator=collate,
         train_dataset=data["train"],

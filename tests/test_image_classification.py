@@ -178,7 +178,7 @@ def test_drop_path_and_labels_reach_a_model_that_has_them(tmp_path):
     shape = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
     SwinForImageClassification(SwinConfig(window_size=4, num_labels=7, **shape)).save_pretrained(tmp_path)
     plain = AutoModelForImageClassification.from_pretrained(tmp_path)
-    model = script.make_model(script.Arguments(model=str(tmp_path), drop_path=0.3, rank=2), 0.5, NAMES)
+    model = script.make_model(script.Arguments(model=str(tmp_path), drop_path=0.3, rank=2), 0.5, NAMES, seed=0)
     assert model.config.drop_path_rate == 0.3 and plain.config.drop_path_rate != 0.3
     assert model.config.id2label == {0: "ant", 1: "bee"}
     assert model(torch.randn(1, 3, 16, 16)).logits.shape == (1, 2)

@@ -105,8 +105,8 @@ def describe(adapter: SavedAdapter) -> str:
         lines.append(f"stack       {count} slices of {stack}, {size:,} parameters: {shapes}")
     lines += [f"layers      {line}" for line in config.layout or []]
     lines += [f"beside      {name} {list(tensor.shape)}" for name, tensor in adapter.others.items()]
-    if labels := getattr(config, "labels", None):
-        lines.append(f"labels      {len(labels)}: {', '.join(labels)}")
+    if config.labels:
+        lines.append(f"labels      {len(config.labels)}: {', '.join(config.labels)}")
     norms = increment_norms(adapter)
     if norms:
         least, most = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
