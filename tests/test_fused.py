@@ -207,6 +207,13 @@ def test_a_layer_that_must_be_called_is_not_fused(change):
     assert not is_fusable(change(layer))
 
 
+def test_a_weight_that_requires_gradients_is_fused_where_there_are_none():
+    layer = nn.Linear(2, 3)
+    assert not is_fusable(layer)
+    with torch.no_grad():
+        assert is_fusable(layer)
+
+
 def calls_of_frozen_layers(model, monkeypatch, call):
     """How many frozen layers `call` calls. The class is patched, since a hook would itself keep them from fusing."""
     calls = []

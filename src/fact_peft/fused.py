@@ -45,7 +45,8 @@ def is_fusable(base_layer: nn.Module) -> bool:
     )
     weight = base_layer.weight
     shape = (base_layer.out_features, base_layer.in_features)
-    return called_plainly and not weight.requires_grad and weight.shape == shape and type(weight.data) is Tensor
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    return called_plainly and not trained and weight.shape == shape and type(weight.data) is Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -134,7 +134,10 @@ class FacTLinear(nn.Module, FacTLayer):
         dtype = autocast_dtype(x)
         dropout = stack.fact_dropout[adapter_name] if self.training else 0.0
         pair = blockwise_pair if dropout > 0 else low_rank_pair
-        A, B = pair(*(term.to(x.device) for term in self.terms(adapter_name)), stack.fact_scale[adapter_name])
+        # Copied, since a loaded factor lies at any address, and products round by the alignment of what they multiply:
+        # so a reloaded adapter gives the same bits.
+        U, core, V = (term.to(x.device, copy=True) for term in self.terms(adapter_name))
+        A, B = pair(U, core, V, stack.fact_scale[adapter_name])
         noise = None
         if dropout > 0:
             noise = nn.functional.dropout(x.new_ones(x.shape[:-1].numel(), len(A), dtype=dtype or x.dtype), dropout)
