@@ -77,7 +77,7 @@ def measure(shape: dict[str, int], config: PeftConfig) -> dict[str, int]:
         model.save_pretrained(folder)
         file = Path(folder, "adapter_model.safetensors")
         with safe_open(file, framework="pt") as saved:
-            numbers = sum(saved.get_tensor(name).nbytes for name in saved.keys())  # noqa: SIM118 (no mapping)
+            numbers = sum(saved.get_tensor(name).nbytes for name in saved.keys())
         return {
             "parameters": parameters,
             "numbers": numbers,
@@ -98,12 +98,11 @@ def table(results: Results) -> str:
     ]
     for record in results.records:
         setting, found = record["setting"], record["measured"]
-        counts = " | ".join(f"{found[name]:,}" for name in ("parameters", "numbers", "header", "config"))
-        overhead = percent(found["header"], found["numbers"])
-        with_config = percent(found["header"] + found["config"], found["numbers"])
-        lines.append(
-            f"| {setting['backbone']} | {setting['method']} | {setting['rank']} | {counts} | {overhead} | {with_config} |"
-        )
+        cells = [setting["backbone"], setting["method"], str(setting["rank"])]
+        cells += [f"{found[name]:,}" for name in ("parameters", "numbers", "header", "config")]
+        cells += [percent(found["header"], found["numbers"])]
+        cells += [percent(found["header"] + found["config"], found["numbers"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
