@@ -19,7 +19,6 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
-    TinyLoraConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -54,7 +53,6 @@ METHODS: dict[str, Callable[[int], PeftConfig]] = {
         r=rank, target_modules=LINEARS, vector_length=32, save_only_topk_weights=True
     ),
     "UniLoRA": lambda rank: UniLoraConfig(r=rank, target_modules=LINEARS),
-    "TinyLoRA": lambda rank: TinyLoraConfig(r=rank, target_modules=LINEARS),
 }
 RANKS = (4, 8, 16, 32)
 

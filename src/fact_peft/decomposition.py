@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 def blockwise(x: Tensor, matrix: Tensor) -> Tensor:
     """x (I (x) matrix): multiply every block of `x` (..., n p) by the same `matrix` (p, q), to (..., n q)."""
-    if x.shape[-1] == matrix.shape[0]:
-        return x @ matrix
-    return (x.unflatten(-1, (-1, matrix.shape[0])) @ matrix).flatten(-2)
+    width, out_width = matrix.shape
+    # Folded by hand: `matmul` decides by requires_grad how to, so that its rounding differs with and without gradients.
+    product = x.reshape(-1, width) @ matrix
+    return product.view(*x.shape[:-1], x.shape[-1] // width * out_width)
 
 
 def core_matrix(cores: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def contract(x: Tensor, U: Tensor, core: Tensor) -> Tensor:
 
 def contract_identity(U: Tensor, core: Tensor) -> Tensor:
     """`contract` of the identity (a d, a d), which is never built: (a d, b r)."""
-    return (U @ core.unflatten(0, (-1, U.shape[1]))).flatten(0, 1)
+    return blockwise(core.t(), U.t()).t()
 
 
 def expand(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
