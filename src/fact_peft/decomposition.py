@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 def blockwise(x: Tensor, matrix: Tensor) -> Tensor:
     """x (I (x) matrix): multiply every block of `x` (..., n p) by the same `matrix` (p, q), to (..., n q)."""
-    if x.shape[-1] == matrix.shape[0]:
-        return x @ matrix
-    return (x.unflatten(-1, (-1, matrix.shape[0])) @ matrix).flatten(-2)
+    width, out_width = matrix.shape
+    # Folded by hand: `matmul` decides by requires_grad how to, so that its rounding differs with and without gradients.
+    product = x.reshape(-1, width) @ matrix
+    return product.view(*x.shape[:-1], x.shape[-1] // width * out_width)
 
 
 def core_matrix(cores: Tensor) -> Tensor:
@@ -45,9 +46,8 @@ def contract(x: Tensor, U: Tensor, core: Tensor) -> Tensor:
 
 
 def contract_identity(U: Tensor, core: Tensor) -> Tensor:
-    """`contract` of the identity (a d, a d), which is never built: its blockwise product with U is I_a (x) U."""
-    num_in_blocks = core.shape[0] // U.shape[1]
-    return torch.kron(torch.eye(num_in_blocks, dtype=U.dtype, device=U.device), U) @ core
+    """`contract` of the identity (a d, a d), which is never built: (a d, b r)."""
+    return blockwise(core.t(), U.t()).t()
 
 
 def expand(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
@@ -55,6 +55,13 @@ def expand(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
     out_width, rank = V.shape
     added = torch.addmm(onto.reshape(-1, out_width), h.reshape(-1, rank), V.t(), alpha=scale)
     return added.view(onto.shape)
+
+
+def expand_(h: Tensor, V: Tensor, onto: Tensor) -> Tensor:
+    """`expand` with s = 1, written into `onto` itself, which must be contiguous."""
+    out_width, rank = V.shape
+    onto.view(-1, out_width).addmm_(h.reshape(-1, rank), V.t())
+    return onto
 
 
 def increment(U: Tensor, core: Tensor, V: Tensor, scale: float) -> Tensor:
@@ -72,13 +79,20 @@ def increment_norm(U: Tensor, core: Tensor, V: Tensor, scale: float) -> float:
 
 def low_rank_pair(U: Tensor, core: Tensor, V: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Matrices A (q, a d) and B (b e, q) with dW^T = B A exactly and q = min(a, b) r: the increment as a LoRA pair."""
-    if core.shape[0] < core.shape[1]:  # fewer input than output blocks: the core goes to the output side
-        read = contract_identity(U, torch.eye(core.shape[0], dtype=U.dtype, device=U.device))
-        write = blockwise(core, V.t())
-    else:
-        read = contract_identity(U, core)
-        write = blockwise(torch.eye(core.shape[1], dtype=V.dtype, device=V.device), V.t())
-    return read.t().contiguous(), (scale * write).t().contiguous()
+    num_in_blocks, num_out_blocks = core.shape[0] // U.shape[1], core.shape[1] // V.shape[1]
+    if num_in_blocks < num_out_blocks:  # the core goes to the output side
+        return block_diagonal(num_in_blocks, U).t(), blockwise(scale * core, V.t()).t()
+    return contract_identity(U, scale * core).t(), block_diagonal(num_out_blocks, V)
+
+
+def blockwise_pair(U: Tensor, core: Tensor, V: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Matrices A (b r, a d) and B (e, r) with x dW = `expand` of x A^T by B, and between them what dropout acts on."""
+    return contract_identity(U, scale * core).t(), V
+
+
+def block_diagonal(count: int, matrix: Tensor) -> Tensor:
+    """I (x) matrix with `count` blocks."""
+    return matrix if count == 1 else torch.block_diag(*[matrix] * count)
 
 
 class Decomposition(ABC):

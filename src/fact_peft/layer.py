@@ -15,9 +15,10 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .decomposition import contract, core_matrix, expand, increment, low_rank_pair
+from .decomposition import blockwise_pair, contract, core_matrix, expand, increment, low_rank_pair
 from .discovery import linear_shape
 from .factors import FacTLayer, FacTStack
+from .fused import LowRankLinear, autocast_dtype, is_fusable
 from .tensorization import Slices
 
 
@@ -110,9 +111,12 @@ class FacTLinear(nn.Module, FacTLayer):
         """(..., in_features) to (..., out_features), with the active adapters or, for each image, with its own."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return y
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.fact_slices]
+        if len(active) == 1 and adapter_names is None and not args and not kwargs and is_fusable(self.base_layer):
+            return self._forward_fused(x, active[0])
+        y = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         if adapter_names is not None:
@@ -120,9 +124,26 @@ class FacTLinear(nn.Module, FacTLayer):
                 if adapter_name in self.fact_slices:
                     y = y.index_copy(0, rows, self._add_increment(x[rows], y[rows], adapter_name))
             return y
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.fact_slices:
-                y = self._add_increment(x, y, adapter_name)
+        for adapter_name in active:
+            y = self._add_increment(x, y, adapter_name)
+        return y
+
+    def _forward_fused(self, x: Tensor, adapter_name: str) -> Tensor:
+        """x W^T + b + x dW in as few passes over activations as there are; to rounding what `forward` does else."""
+        stack, weight, bias = self.stack(adapter_name), self.base_layer.weight, self.base_layer.bias
+        dtype = autocast_dtype(x)
+        dropout = stack.fact_dropout[adapter_name] if self.training else 0.0
+        pair = blockwise_pair if dropout > 0 else low_rank_pair
+        # Copied, since a loaded factor lies at any address, and products round by the alignment of what they multiply:
+        # so a reloaded adapter gives the same bits.
+        U, core, V = (term.to(x.device, copy=True) for term in self.terms(adapter_name))
+        A, B = pair(U, core, V, stack.fact_scale[adapter_name])
+        noise = None
+        if dropout > 0:
+            noise = nn.functional.dropout(x.new_ones(x.shape[:-1].numel(), len(A), dtype=dtype or x.dtype), dropout)
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        y, _ = LowRankLinear.apply(x, weight, bias, A.to(x.dtype), B.to(x.dtype), noise)
         return y
 
     def _add_increment(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
@@ -165,7 +186,9 @@ class FacTLinear(nn.Module, FacTLayer):
     @torch.no_grad()
     def low_rank_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Matrices A (q, in_features) and B (out_features, q) with B A the increment in ``nn.Linear``'s orientation."""
-        return low_rank_pair(*self._precise_terms(adapter_name), self.stack(adapter_name).fact_scale[adapter_name])
+        A, B = low_rank_pair(*self._precise_terms(adapter_name), self.stack(adapter_name).fact_scale[adapter_name])
+        # Copied, since B may be V itself, which all layers share.
+        return A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
 
     def merged_weight(self, adapter_name: str, sign: int = 1, check: bool = False) -> Tensor:
         """The base weight plus `sign` times the increment: added in float32 or better, then cast back.
