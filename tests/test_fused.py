@@ -3,6 +3,7 @@ paper. A forward hook on the frozen layers that does nothing keeps a model on th
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -271,6 +272,31 @@ def test_jit_trace_holds_plain_operations():
     graph = torch.jit.trace(traced, x, check_trace=False)
     assert "PythonOp" not in str(graph.inlined_graph)
     torch.testing.assert_close(graph(x), traced(x))
+
+
+def count_additions_to_weights(monkeypatch, run):
+    """What `run` returns, and how often it calls ``torch.addmm``, which the fused layer does to fold only."""
+    calls = []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: calls.append(args) or addmm(*args, **kwargs))
+    result = run()
+    monkeypatch.undo()
+    return result, len(calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("index", [0, 4, 5])  # q_proj, fc1, fc2
+def test_without_gradients_the_smaller_of_weight_and_activations_is_added_to(index, dtype, monkeypatch):
+    layer = [module for module in adapted(dtype=dtype).modules() if isinstance(module, FacTLinear)][index]
+    enough_rows = math.ceil(layer.in_features * layer.out_features / (layer.in_features + layer.out_features))
+    for num_rows in (enough_rows - 1, enough_rows):
+        x = torch.randn(1, num_rows, layer.in_features, dtype=dtype)
+        with torch.no_grad():
+            result, num_folds = count_additions_to_weights(monkeypatch, lambda x=x: layer(x))
+        # Rounding W + dW to bfloat16 would lose small increments.
+        assert num_folds == (num_rows == enough_rows and dtype == torch.float32)
+        plain = layer(x).detach()
+        torch.testing.assert_close(result, plain, rtol=0, atol=2e-5 if dtype == torch.float32 else 0)
 
 
 def saved_bytes(layer, x):

@@ -61,6 +61,18 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, noise: Tensor | None
+) -> Tensor:
+    """y of `LowRankLinear`. Without gradients the increment is added to whichever is smaller, weight or activations."""
+    num_rows = x.shape[:-1].numel()
+    fewer_weights = weight.numel() <= num_rows * sum(weight.shape)
+    # In half precision W + dW would lose what of dW is smaller than the last digit of W.
+    if torch.is_grad_enabled() or noise is not None or not fewer_weights or weight.dtype.itemsize < 4:
+        return LowRankLinear.apply(x, weight, bias, A, B, noise)[0]
+    return nn.functional.linear(x, torch.addmm(weight, B, A), bias)
+
+
 class LowRankLinear(torch.autograd.Function):
     """``apply(x, weight, bias, A, B, noise)`` is (y, h); see above.
 

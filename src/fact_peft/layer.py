@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .decomposition import blockwise_pair, contract, core_matrix, expand, increment, low_rank_pair
 from .discovery import linear_shape
 from .factors import FacTLayer, FacTStack
-from .fused import LowRankLinear, autocast_dtype, is_fusable
+from .fused import autocast_dtype, is_fusable, low_rank_linear
 from .tensorization import Slices
 
 
@@ -143,8 +143,7 @@ class FacTLinear(nn.Module, FacTLayer):
             noise = nn.functional.dropout(x.new_ones(x.shape[:-1].numel(), len(A), dtype=dtype or x.dtype), dropout)
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        y, _ = LowRankLinear.apply(x, weight, bias, A.to(x.dtype), B.to(x.dtype), noise)
-        return y
+        return low_rank_linear(x, weight, bias, A.to(x.dtype), B.to(x.dtype), noise)
 
     def _add_increment(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
         """y + x dW, in the precision of the activations; autocast has the last word."""
