@@ -179,7 +179,17 @@ METHODS: dict[str, Method] = {
     ),
     **{f"UniLoRA d={size}": other("UniLoRA", UniLoraConfig, r=4, theta_d_length=size) for size in (256, 4096)},
     **{f"TinyLoRA u={size}": other("TinyLoRA", TinyLoraConfig, r=2, u=size) for size in (64, 8)},
-    **{f"FourierFT n={number}": other("FourierFT", FourierFTConfig, n_frequency=number) for number in (100, 1000)},
+    # The default scaling of 150 is made for a width of 768; dW shrinks with the square of the width. The authors train
+    # the spectrum at rates near 0.1.
+    **{
+        f"FourierFT n={number}, scaling 1": Method(
+            "FourierFT",
+            partial(by_peft, config_cls=FourierFTConfig, n_frequency=number, scaling=1.0),
+            multipliers={"spectrum": 16.0},
+        )
+        for number in (100, 1000)
+    },
+    "FourierFT n=100": other("FourierFT", FourierFTConfig, n_frequency=100),
 }
 
 REMEDIES: dict[str, Method] = {
