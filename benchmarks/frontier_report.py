@@ -55,15 +55,19 @@ def chosen(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy of the chosen runs by method and task: mean, std, seeds; with the parameters of the method."""
-    grouped = chosen(runs).groupby(["task", "method"])
-    return grouped.agg(
-        parameters=("parameters", "first"),
-        learning_rate=("learning_rate", "first"),
-        mean=("test_accuracy", "mean"),
-        std=("test_accuracy", "std"),
-        num_seeds=("seed", "nunique"),
-    ).reset_index()
+    """Test accuracy of the chosen runs by method and task, mean and std over seeds, where all seeds were run."""
+    points = (
+        chosen(runs)
+        .groupby(["task", "method"])
+        .agg(
+            parameters=("parameters", "first"),
+            mean=("test_accuracy", "mean"),
+            std=("test_accuracy", "std"),
+            num_seeds=("seed", "nunique"),
+            num_planned=("seeds", lambda seeds: len(seeds.iloc[0])),
+        )
+    )
+    return points[points["num_seeds"] == points["num_planned"]].reset_index()
 
 
 def complete(points: pd.DataFrame) -> pd.DataFrame:
@@ -78,13 +82,9 @@ def markdown(header: list[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] + ["--:"] * (len(header) - 1), *rows))
 
 
-def order(tasks: Iterable[str]) -> list[str]:
-    return sorted(set(tasks))
-
-
 def accuracy_table(points: pd.DataFrame) -> str:
     """Test accuracy, mean and standard deviation over seeds, by method and task, smallest method first."""
-    tasks, means = order(points["task"]), complete(points).set_index("method")["mean"]
+    tasks, means = sorted(set(points["task"])), complete(points).set_index("method")["mean"]
     rows = []
     for method, group in sorted(points.groupby("method"), key=lambda item: item[1]["parameters"].iloc[0]):
         by_task = group.set_index("task")
@@ -99,7 +99,7 @@ def accuracy_table(points: pd.DataFrame) -> str:
 
 def budget_table(points: pd.DataFrame) -> str:
     """Best FacT minus best other method within the same number of parameters, at every size that FacT has."""
-    tasks = order(points["task"])
+    tasks = sorted(set(points["task"]))
     whole = complete(points)
     budgets = sorted(
         {size for size, method in zip(whole["parameters"], whole["method"], strict=True) if is_fact(method)}
@@ -123,7 +123,7 @@ def split(group: pd.DataFrame) -> tuple[list[Point], list[Point]]:
 
 def remedy_table(points: pd.DataFrame) -> str:
     """Test accuracy of every variant minus that of the plain method it varies, each at its best learning rate."""
-    tasks = order(points["task"])
+    tasks = sorted(set(points["task"]))
     means = points.set_index(["method", "task"])["mean"]
     rows = []
     for remedy in REMEDIES:
@@ -147,8 +147,9 @@ def default_table(runs: pd.DataFrame) -> str:
     """
     trials = first_seed(runs)
     trials = trials[trials["method"].map(is_fact)]
-    tasks = order(trials["task"])
-    searched = trials.loc[trials.groupby("task")["val_accuracy"].idxmax()].set_index("task")
+    tasks = sorted(set(trials["task"]))
+    plain = trials[trials["method"].isin(METHODS)]
+    searched = plain.loc[plain.groupby("task")["val_accuracy"].idxmax()].set_index("task")
     test = trials.pivot_table(index=["method", "learning_rate"], columns="task", values="test_accuracy").dropna()
     val = trials.pivot_table(index=["method", "learning_rate"], columns="task", values="val_accuracy").dropna()
     best = val.mean(axis=1).sort_values(ascending=False).index[:NUM_DEFAULTS]
@@ -169,7 +170,7 @@ def plot(points: pd.DataFrame, file: Path) -> None:
     """Accuracy against trainable parameters, a panel per task and one for the mean over tasks."""
     matplotlib.use("Agg")
     points = points[points["method"].isin(METHODS)]
-    panels = {task: points[points["task"] == task] for task in order(points["task"])}
+    panels = {task: points[points["task"] == task] for task in sorted(set(points["task"]))}
     panels["mean over tasks"] = complete(points).assign(std=0.0)
     colours = dict(zip(dict.fromkeys(m.family for m in METHODS.values()), plt.get_cmap("tab20").colors, strict=False))
     figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(13, 4 * -(-len(panels) // 3)), squeeze=False)
