@@ -98,18 +98,15 @@ def accuracy_table(points: pd.DataFrame) -> str:
 
 
 def budget_table(points: pd.DataFrame) -> str:
-    """Best FacT minus best other method within the same number of parameters, at every size that FacT has."""
+    """Best FacT minus best other method within the same number of parameters, at every size of FacT measured there."""
     tasks = sorted(set(points["task"]))
-    whole = complete(points)
-    budgets = sorted(
-        {size for size, method in zip(whole["parameters"], whole["method"], strict=True) if is_fact(method)}
-    )
+    groups = [split(group) for group in (*(points[points["task"] == task] for task in tasks), complete(points))]
     rows = []
-    for budget in budgets:
-        cells = []
-        for group in [*(points[points["task"] == task] for task in tasks), whole]:
-            ours, others = split(group)
-            cells.append(f"{best_within(ours, budget) - best_within(others, budget):+.1f}")
+    for budget in sorted({size for ours, _ in groups for size, _ in ours}):
+        cells = [
+            f"{best_within(ours, budget) - best_within(others, budget):+.1f}" if budget in dict(ours) else ""
+            for ours, others in groups
+        ]
         rows.append([f"{budget:,.0f}", *cells])
     return markdown(["parameters, at most", *tasks, "mean"], rows)
 
