@@ -54,8 +54,8 @@ CONFIGS: dict[str, Callable[[int], PeftConfig]] = {
 }
 STEP = [FLOOR, *CONFIGS, "full"]
 INFERENCE = [FLOOR, *CONFIGS, *(f"{method}, merged" for method in CONFIGS)]
-COMPILED = [FLOOR, "FacT-TT", "FacT-TK", "LoRA"]
-TABLES = ("step", "inference", "compiled step", "compiled inference", "memory", "scaling")
+CHIEF = [FLOOR, "FacT-TT", "FacT-TK", "LoRA"]
+TABLES = ("step", "inference", "inference, larger batch", "compiled step", "compiled inference", "memory", "scaling")
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,13 @@ def measure(
         timed("step", STEP, shape, training=True, compiled=False)
     if "inference" in tables:
         timed("inference", INFERENCE, shape, training=False, compiled=False)
+    if "inference, larger batch" in tables:
+        larger = replace(shape, batch=4 * shape.batch)
+        timed("inference, larger batch", CHIEF, larger, training=False, compiled=False)
     if "compiled step" in tables:
-        timed("compiled step", COMPILED, shape, training=True, compiled=True)
+        timed("compiled step", CHIEF, shape, training=True, compiled=True)
     if "compiled inference" in tables:
-        timed("compiled inference", COMPILED, shape, training=False, compiled=True)
+        timed("compiled inference", CHIEF, shape, training=False, compiled=True)
     if "memory" in tables:
         for method in memory:
             if results.find(**setting("memory", method, shape)) is None:
@@ -263,10 +266,10 @@ def report(results: Results) -> str:
     """All tables in Markdown."""
     frame = results.frame()
     parts = []
-    for table in TABLES[:4]:
+    for table in TABLES[:5]:
         rows = frame[frame["table"] == table]
         if len(rows):
-            parts += [f"**{table}**, seconds and ratio to {FLOOR!r}", ""]
+            parts += [f"**{table}**, batch {rows['batch'].iloc[0]}, seconds and ratio to {FLOOR!r}", ""]
             parts += ["| method | device | seconds | ratio, median | quartiles | ratio of the fastest |"]
             parts += ["|---|---|--:|--:|--:|--:|"]
             for row in rows.itertuples():
