@@ -130,8 +130,10 @@ class FacTLinear(nn.Module, FacTLayer):
 
     def _forward_fused(self, x: Tensor, adapter_name: str) -> Tensor:
         """x W^T + b + x dW in as few passes over activations as there are; to rounding what `forward` does else."""
-        stack, weight, bias = self.stack(adapter_name), self.base_layer.weight, self.base_layer.bias
-        dtype = autocast_dtype(x)
+        assert isinstance(self.base_layer, nn.Linear)
+        weight: Tensor = self.base_layer.weight
+        bias: Tensor | None = self.base_layer.bias
+        stack, dtype = self.stack(adapter_name), autocast_dtype(x)
         dropout = stack.fact_dropout[adapter_name] if self.training else 0.0
         pair = blockwise_pair if dropout > 0 else low_rank_pair
         # Copied, since a loaded factor lies at any address, and products round by the alignment of what they multiply:
