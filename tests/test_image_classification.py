@@ -38,7 +38,7 @@ def offline_and_single_threaded(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def test_without_arguments_for_data_it_leaves_a_ready_classifier(tmp_path):
+def test_without_arguments_for_data_it_leaves_a_ready_classifier(tmp_path, monkeypatch):
     options = ["--num_train_epochs", "3", "--scales", "1", "10", "--output_dir", "out"]
     done = subprocess.run(
         [sys.executable, script.__file__, *options], cwd=tmp_path, env=os.environ, capture_output=True, text=True
@@ -56,7 +56,7 @@ def test_without_arguments_for_data_it_leaves_a_ready_classifier(tmp_path):
     assert list(folder.rglob("model.safetensors")) == [folder / "backbone" / "model.safetensors"]
 
     # What was printed is what the saved classifier does, through transformers' own pipeline.
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     model, processor = load_image_classifier("out")
     classify = pipeline("image-classification", model=model, image_processor=processor, device="cpu")
     _, splits = script.upright_and_shifted_digits()
@@ -165,6 +165,7 @@ def test_corrupt_images_are_counted_and_named_and_the_user_decides(image_folder,
         script.readable("train", train, "image", "stop")
     assert "cut.png" in str(error.value) and "text.png" in str(error.value)
     kept = script.readable("train", train, "image", "skip")
+    assert "2 of 8 images" in caplog.text and "cut.png" in caplog.text
     assert len(kept) == 6 and kept["label"][:] == [0, 0, 0, 1, 1, 1]
 
 
