@@ -62,8 +62,9 @@ def base_state(model):
 
 
 @everywhere
-def test_untrained_adapter_changes_nothing(decomposition, backbone, dtype):
-    model = adapted(decomposition, backbone, dtype, init_weights=True)
+@pytest.mark.parametrize("init_weights", [True, "orthogonal"])
+def test_untrained_adapter_changes_nothing(decomposition, backbone, dtype, init_weights):
+    model = adapted(decomposition, backbone, dtype, init_weights=init_weights)
     assert torch.equal(scores(model, dtype), scores(make_backbone(backbone, dtype), dtype))
 
 

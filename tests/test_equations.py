@@ -135,6 +135,35 @@ def test_authors_initialisation():
     torch.testing.assert_close(logits(model.eval(), images()), logits(make_backbone("vit"), images()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_orthogonal_initialisation(decomposition, dtype):
+    torch.manual_seed(0)
+    shapes = DECOMPOSITIONS[decomposition].shapes(in_width=24, out_width=16, num_slices=6, rank=4)
+    factors = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in shapes.items()}
+    DECOMPOSITIONS[decomposition].init(factors, "orthogonal")
+    for name in ("U", "V"):
+        gram = factors[name].float().T @ factors[name].float()
+        torch.testing.assert_close(gram, torch.eye(4), rtol=0, atol=TOLERANCE[dtype])
+    assert not DECOMPOSITIONS[decomposition].cores(factors, 0, 6).any()
+
+
+@pytest.mark.parametrize("init_weights", [True, "orthogonal"])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_every_factor_learns_from_the_second_step_on(decomposition, init_weights):
+    torch.manual_seed(0)
+    model = make_backbone("vit")
+    model = get_peft_model(model, FacTConfig(rank=4, decomposition=decomposition, init_weights=init_weights))
+    factors = model.get_base_model().factors["32x32"].factors("default")
+    before = {name: factor.detach().clone() for name, factor in factors.items()}
+    optimizer = torch.optim.SGD(factors.values(), lr=1.0)
+    for _ in range(2):
+        torch.nn.functional.cross_entropy(logits(model, images()), torch.arange(3)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(factors[name], before[name]) for name in factors)
+
+
 @pytest.mark.parametrize("backbone, decomposition, rank, published", ROWS)
 def test_parameter_counts_are_the_papers(backbone, decomposition, rank, published):
     model = adapt(backbone, decomposition, rank)

@@ -43,8 +43,9 @@ class FacTConfig(PeftConfig):
         bias: Which biases to train: ``"none"``, ``"all"``, or ``"fact_only"`` for those of the adapted layers.
         fan_in_fan_out: As in LoRA, whether the adapted layers store their weight as (in, out). transformers' ``Conv1D``
             does and is recognised; for an ``nn.Linear`` True is put right with a warning.
-        init_weights: True: the authors' initialisation, V = 0, so that an untrained adapter changes nothing. False:
-            every factor random.
+        init_weights: True: the authors' initialisation, V = 0, so that an untrained adapter changes nothing.
+            ``"orthogonal"``: orthonormal columns in U and V and zero cores, which changes nothing either; with
+            ``scale=4`` it was the more accurate one in benchmarks/README.md. False: every factor random.
         labels: Class names in the order of the logits, saved with the adapter. None: what the model's
             ``config.id2label`` says, if a module of `modules_to_save` has so many outputs.
         layout: Which layer owns which slices. Filled in when the adapter is created, saved with it, and compared with
@@ -89,8 +90,12 @@ class FacTConfig(PeftConfig):
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "True if the adapted layers store their weight as (in, out)."}
     )
-    init_weights: bool = field(
-        default=True, metadata={"help": "True: V = 0, so dW = 0 at the start. False: every factor random."}
+    init_weights: bool | Literal["orthogonal"] = field(
+        default=True,
+        metadata={
+            "help": "True: V = 0, so dW = 0 at the start. 'orthogonal': orthonormal U and V, and zero cores, so dW = 0 "
+            "too. False: every factor random."
+        },
     )
     labels: list[str] | None = field(
         default=None,
@@ -121,9 +126,13 @@ class FacTConfig(PeftConfig):
             raise ValueError(
                 f"fact_dropout={self.fact_dropout!r} is not a probability in [0, 1); the paper uses 0.1, 0.0 is off."
             )
-        for name in ("fan_in_fan_out", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a bool; pass True or False.")
+        if not isinstance(self.fan_in_fan_out, bool):
+            raise ValueError(f"fan_in_fan_out={self.fan_in_fan_out!r} is not a bool; pass True or False.")
+        if not isinstance(self.init_weights, bool) and self.init_weights != "orthogonal":
+            raise ValueError(
+                f"init_weights={self.init_weights!r} is unknown; choose True (V = 0), 'orthogonal' (zero cores) or "
+                "False (every factor random)."
+            )
         if self.labels is not None and (
             not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels)
         ):

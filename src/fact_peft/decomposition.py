@@ -99,7 +99,7 @@ class Decomposition(ABC):
     """How the cores Sigma_k of a stack are written. U and V are the same for every member of the family.
 
     Attributes:
-        core_factors: Names of the factors behind the cores.
+        core_factors: Names of the factors behind the cores. Every core is linear in the last one.
     """
 
     core_factors: tuple[str, ...]
@@ -121,18 +121,28 @@ class Decomposition(ABC):
         return {"U": (in_width, rank), "V": (out_width, rank), **self.core_shapes(num_slices, rank)}
 
     @torch.no_grad()
-    def init(self, factors: Mapping[str, Tensor], zero_increment: bool) -> None:
-        """Initialise in place: U and V as the weights of ``nn.Linear(d, r)`` and ``nn.Linear(r, e)``.
+    def init(self, factors: Mapping[str, Tensor], how: bool | str) -> None:
+        """Initialise in place.
 
-        With `zero_increment`, the authors' choice, V is zero and so is dW.
+        Args:
+            factors: All factors of a stack.
+            how: True, as the authors: U as the weight of ``nn.Linear(d, r)``, the core by `init_core`, and V = 0.
+                False: V as the weight of ``nn.Linear(r, e)``, so that dW is not zero. ``"orthogonal"``: orthonormal
+                columns in U and V, and every core zero.
         """
         U, V = factors["U"], factors["V"]
-        init_as_linear(U, fan_in=U.shape[0])
-        if zero_increment:
-            nn.init.zeros_(V)
+        if how == "orthogonal":
+            init_orthonormal(U)
+            init_orthonormal(V)
         else:
-            init_as_linear(V, fan_in=V.shape[1])
+            init_as_linear(U, fan_in=U.shape[0])
+            if how:
+                nn.init.zeros_(V)
+            else:
+                init_as_linear(V, fan_in=V.shape[1])
         self.init_core(factors)
+        if how == "orthogonal":
+            nn.init.zeros_(factors[self.core_factors[-1]])
 
 
 class TensorTrain(Decomposition):
@@ -174,3 +184,9 @@ def init_as_linear(matrix: Tensor, fan_in: int) -> None:
     """Uniform in +-1/sqrt(fan_in), the default of ``nn.Linear`` weights."""
     bound = fan_in**-0.5
     nn.init.uniform_(matrix, -bound, bound)
+
+
+def init_orthonormal(matrix: Tensor) -> None:
+    """Random orthonormal columns."""
+    # In float32, since torch factorizes no half precision.
+    matrix.copy_(nn.init.orthogonal_(torch.empty_like(matrix, dtype=torch.float32)))

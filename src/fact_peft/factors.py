@@ -75,7 +75,7 @@ class FacTStack(nn.Module, FacTLayer):
         decomposition = DECOMPOSITIONS[config.decomposition]
         shapes = decomposition.shapes(self.in_features, self.out_features, num_slices, config.rank)
         factors = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
-        decomposition.init(factors, zero_increment=config.init_weights)
+        decomposition.init(factors, config.init_weights)
         for name, factor in factors.items():
             getattr(self, f"fact_{name}")[adapter_name] = factor
 
