@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import (
@@ -66,12 +66,14 @@ def by_fact(
     decomposition: str,
     rank: int,
     scale: float = 1.0,
+    init_weights: bool | Literal["orthogonal"] = True,
     init: "Callable[[dict[str, Tensor], Tensor, Tensor], None] | None" = None,
 ) -> nn.Module:
-    """FacT, initialised as the authors do or by `init`."""
+    """FacT, initialised as its config says or by `init`."""
     weights = slices_of(model, {name: model.get_submodule(name).weight for name in find_block_linears(model)})
     gradients = slices_of(model, mean_gradients(model, train)) if init is from_gradients else weights
-    model = get_peft_model(model, FacTConfig(rank=rank, decomposition=decomposition, scale=scale))
+    config = FacTConfig(rank=rank, decomposition=decomposition, scale=scale, init_weights=init_weights)
+    model = get_peft_model(model, config)
     if init is not None:
         (stack,) = model.get_base_model().factors.values()
         with torch.no_grad():
@@ -124,17 +126,11 @@ def zero_core(factors: dict[str, Tensor], U: Tensor, V: Tensor) -> None:
     factors["Sigma" if "Sigma" in factors else "P"].zero_()
 
 
-def orthogonal(factors: dict[str, Tensor], weights: Tensor, gradients: Tensor) -> None:
+def orthonormal_start(factors: dict[str, Tensor], weights: Tensor, gradients: Tensor) -> None:
     """V = 0 as the authors have it; the columns of U orthonormal, and every core of TT orthogonal."""
     nn.init.orthogonal_(factors["U"])
-    for core in factors.get("Sigma", ()):
+    for core in factors["Sigma"]:
         nn.init.orthogonal_(core)
-
-
-def random_subspace(factors: dict[str, Tensor], weights: Tensor, gradients: Tensor) -> None:
-    """Random orthonormal U and V, cores zero."""
-    U, V = torch.empty_like(factors["U"]), torch.empty_like(factors["V"])
-    zero_core(factors, nn.init.orthogonal_(U), nn.init.orthogonal_(V))
 
 
 def from_weights(factors: dict[str, Tensor], weights: Tensor, gradients: Tensor) -> None:
@@ -154,6 +150,12 @@ def fact(decomposition: str, rank: int, multipliers: Mapping[str, float] | None 
     return Method(f"FacT-{decomposition.upper()}", adapt, multipliers or {})
 
 
+def orthogonal(decomposition: str, rank: int) -> Method:
+    """Orthonormal U and V, zero cores, and scale 4, so that cores move four times as far as U and V."""
+    adapt = partial(by_fact, decomposition=decomposition, rank=rank, scale=4.0, init_weights="orthogonal")
+    return Method(f"FacT-{decomposition.upper()}, orthogonal", adapt)
+
+
 def other(family: str, config_cls: type[PeftConfig], **settings: Any) -> Method:
     return Method(family, partial(by_peft, config_cls=config_cls, **settings))
 
@@ -167,7 +169,9 @@ METHODS: dict[str, Method] = {
         f"LoRA r={rank}": other("LoRA", LoraConfig, r=rank, lora_alpha=rank)  # scale 1, as FacT's
         for rank in (1, 4, 16)
     },
-    **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 4, 32)},
+    **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 4, 32, 12)},
+    **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (8, 4, 16)},
+    **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 12, 16)},
     "BitFit": Method("BitFit", partial(by_name, trains=lambda name: name.endswith("bias"))),
     "LN tuning": Method("LN tuning", partial(by_name, trains=lambda name: "layernorm" in name)),
     "VeRA r=64": other("VeRA", VeraConfig, r=64),
@@ -192,13 +196,16 @@ METHODS: dict[str, Method] = {
     "FourierFT n=100": other("FourierFT", FourierFTConfig, n_frequency=100),
 }
 
+# What is varied on the method before the first comma.
 REMEDIES: dict[str, Method] = {
     "FacT-TT r=8, from gradients": fact("tt", 8, init=from_gradients),
     "FacT-TT r=8, V x 16": fact("tt", 8, {"fact_V": 16.0}),
     "FacT-TT r=8, scale 10": fact("tt", 8, scale=10.0),
-    "FacT-TT r=8, random subspace": fact("tt", 8, init=random_subspace),
+    "FacT-TT r=8, orthogonal at scale 1": fact("tt", 8, init_weights="orthogonal"),
     "FacT-TT r=8, from weights": fact("tt", 8, init=from_weights),
-    "FacT-TT r=8, orthogonal": fact("tt", 8, init=orthogonal),
+    "FacT-TT r=8, from weights, scale 4": fact("tt", 8, scale=4.0, init=from_weights),
+    "FacT-TT r=8, from gradients, scale 4": fact("tt", 8, scale=4.0, init=from_gradients),
+    "FacT-TT r=8, orthogonal with V = 0": fact("tt", 8, init=orthonormal_start),
     "FacT-TT r=8, Sigma x 4": fact("tt", 8, {"fact_Sigma": 4.0}),
     "FacT-TT r=8, one rate": Method("FacT-TT", partial(by_fact, decomposition="tt", rank=8), own_head_rate=False),
     "FacT-TK r=16, from gradients": fact("tk", 16, init=from_gradients),

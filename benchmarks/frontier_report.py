@@ -13,6 +13,8 @@ from benchmarks.results import Results
 
 Point = tuple[float, float]  # trainable parameters, accuracy
 NUM_DEFAULTS = 6  # rows of the table of defaults
+FACT, ORTHOGONAL, OTHERS = "FacT", "FacT, orthogonal", "the others"
+SIDES = {FACT: "black", ORTHOGONAL: "tab:blue", OTHERS: "tab:red"}  # what is compared, and in which colour
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
@@ -31,6 +33,16 @@ def best_within(points: Iterable[Point], budget: float) -> float:
 
 def is_fact(method: str) -> bool:
     return method.startswith("FacT")
+
+
+def side(method: str) -> str:
+    """Which of `SIDES` a method is of."""
+    if not is_fact(method):
+        return OTHERS
+    return ORTHOGONAL if method.endswith(", orthogonal") else FACT
+
+
+VARIANTS = [method for method in (*METHODS, *REMEDIES) if is_fact(method) and "," in method]
 
 
 def read(files: Iterable[Path]) -> pd.DataFrame:
@@ -97,25 +109,31 @@ def accuracy_table(points: pd.DataFrame) -> str:
     return markdown(["method", "parameters", *tasks, "mean"], rows)
 
 
-def budget_table(points: pd.DataFrame) -> str:
-    """Best FacT minus best other method within the same number of parameters, at every size of FacT measured there."""
+def budget_table(points: pd.DataFrame, ours: str) -> str:
+    """Best of FacT minus best other method within the same number of parameters, at every size of FacT measured there.
+
+    Args:
+        points: Of all methods.
+        ours: Which of FacT, one of `SIDES`.
+    """
     tasks = sorted(set(points["task"]))
-    groups = [split(group) for group in (*(points[points["task"] == task] for task in tasks), complete(points))]
+    groups = [sides(group) for group in (*(points[points["task"] == task] for task in tasks), complete(points))]
     rows = []
-    for budget in sorted({size for ours, _ in groups for size, _ in ours}):
+    for budget in sorted({size for group in groups for size, _ in group[ours]}):
         cells = [
-            f"{best_within(ours, budget) - best_within(others, budget):+.1f}" if budget in dict(ours) else ""
-            for ours, others in groups
+            f"{best_within(group[ours], budget) - best_within(group[OTHERS], budget):+.1f}"
+            if budget in dict(group[ours])
+            else ""
+            for group in groups
         ]
         rows.append([f"{budget:,.0f}", *cells])
     return markdown(["parameters, at most", *tasks, "mean"], rows)
 
 
-def split(group: pd.DataFrame) -> tuple[list[Point], list[Point]]:
-    """The points of FacT and of the other methods."""
+def sides(group: pd.DataFrame) -> dict[str, list[Point]]:
+    """The points of each of `SIDES`."""
     points = list(zip(group["method"], group["parameters"], group["mean"], strict=True))
-    ours = [(size, mean) for method, size, mean in points if is_fact(method)]
-    return ours, [(size, mean) for method, size, mean in points if not is_fact(method)]
+    return {name: [(size, mean) for method, size, mean in points if side(method) == name] for name in SIDES}
 
 
 def remedy_table(points: pd.DataFrame) -> str:
@@ -123,7 +141,7 @@ def remedy_table(points: pd.DataFrame) -> str:
     tasks = sorted(set(points["task"]))
     means = points.set_index(["method", "task"])["mean"]
     rows = []
-    for remedy in REMEDIES:
+    for remedy in VARIANTS:
         plain = remedy.partition(",")[0]
         differences = {
             task: means[remedy, task] - means[plain, task]
@@ -182,12 +200,12 @@ def plot(points: pd.DataFrame, file: Path) -> None:
             axis.errorbar(
                 row["parameters"], row["mean"], row["std"], color=colours[family], label=family, capsize=2, **style
             )
-        for side, colour, name in zip(split(group), ("black", "tab:red"), ("FacT", "the others"), strict=True):
-            if side:
-                sizes, accuracies = zip(*frontier(side), strict=True)
+        for name, points_of_side in sides(group).items():
+            if points_of_side:
+                sizes, accuracies = zip(*frontier(points_of_side), strict=True)
                 axis.step(
-                    [*sizes, group["parameters"].max()], [*accuracies, accuracies[-1]], where="post", color=colour,
-                    linewidth=1, linestyle="-" if name == "FacT" else "--", label=f"frontier of {name}",
+                    [*sizes, group["parameters"].max()], [*accuracies, accuracies[-1]], where="post", color=SIDES[name],
+                    linewidth=1, linestyle="--" if name == OTHERS else "-", label=f"frontier of {name}",
                 )  # fmt: skip
         axis.set(xscale="log", title=title, xlabel="trainable parameters without head", ylabel="test accuracy, %")
         axis.grid(alpha=0.3)
@@ -209,10 +227,14 @@ def report(runs: pd.DataFrame) -> str:
     paragraphs = [
         "Test accuracy in %, mean and standard deviation over seeds:",
         accuracy_table(compared),
-        "Best FacT minus best other method of at most so many parameters, in points:",
-        budget_table(compared),
     ]
-    if points["method"].isin(REMEDIES).any():
+    for ours in (FACT, ORTHOGONAL):
+        if compared["method"].map(side).eq(ours).any():
+            paragraphs += [
+                f"Best of {ours} minus best other method of at most so many parameters, in points:",
+                budget_table(compared, ours),
+            ]
+    if points["method"].isin(VARIANTS).any():
         paragraphs += ["Variants of FacT minus the plain method, in points:", remedy_table(points)]
     paragraphs += [
         "One setting for all tasks minus the best FacT of every task, both with the first seed, in points:",
