@@ -95,6 +95,10 @@ class Arguments:
     scales: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Scales to try; the best on the validation images is kept."}
     )
+    orthogonal: bool = field(
+        default=False,
+        metadata={"help": "Start from orthonormal U and V and zero cores; wants scales four times as large."},
+    )
     fact_dropout: float = field(default=0.1, metadata={"help": "Dropout on the factors."})
     drop_path: float = field(default=0.1, metadata={"help": "Rate of dropped residual branches, where supported."})
 
@@ -296,7 +300,13 @@ def make_model(args: Arguments, scale: float, labels: list[str], seed: int) -> P
         dtype=torch.float32,  # mixed precision is autocast's work
         **drop_path,
     )
-    config = FacTConfig(rank=args.rank, decomposition=args.decomposition, scale=scale, fact_dropout=args.fact_dropout)
+    config = FacTConfig(
+        rank=args.rank,
+        decomposition=args.decomposition,
+        scale=scale,
+        init_weights="orthogonal" if args.orthogonal else True,
+        fact_dropout=args.fact_dropout,
+    )
     set_seed(seed)  # the factors start equal on all ranks, whatever the launcher did to load the backbone
     # Under ZeRO-3 with bf16 the head is bfloat16 by now, and DeepSpeed wants factors and head in one type.
     model = get_peft_model(backbone, config, autocast_adapter_dtype=False)

@@ -3,6 +3,7 @@ paper. A forward hook on the frozen layers that does nothing keeps a model on th
 """
 
 import copy
+import functools
 import math
 
 import pytest
@@ -10,14 +11,14 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from backbones import images, logits, make_backbone
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
 from fact_peft import FacTConfig, FacTLinear
-from fact_peft.fused import LowRankLinear, is_fusable
+from fact_peft.decomposition import contract, expand
+from fact_peft.fused import FusedLinear, is_fusable
 
 # A different order of the same sums.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -62,24 +63,27 @@ def assert_paths_agree(model, dtype=torch.float32, autocast=False):
         assert error < (TOLERANCE_AUTOCAST if autocast else TOLERANCE[dtype]), (name, error)
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("num_in_blocks, num_out_blocks", [(1, 1), (1, 3), (2, 1), (2, 3)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [True, False])
-def test_derivatives_match_finite_differences(blocks, bias, dropout):
+def test_derivatives_match_finite_differences(num_in_blocks, num_out_blocks, bias, dropout):
     torch.manual_seed(0)
-    x = torch.randn(4, 2, 3, dtype=torch.float64).transpose(0, 1)  # not contiguous
-    weight, A = torch.randn(5 * blocks, 3, dtype=torch.float64), torch.randn(2 * blocks, 3, dtype=torch.float64)
-    B = torch.randn(5, 2, dtype=torch.float64)
-    b = torch.randn(5 * blocks, dtype=torch.float64) if bias else None
-    noise = torch.tensor([0.0, 2.0], dtype=torch.float64).repeat(8, blocks) if dropout else None
+    random = functools.partial(torch.randn, dtype=torch.float64)
+    in_width, out_width, rank = 3, 4, 2
+    x = random(3, 2, in_width * num_in_blocks).transpose(0, 1)  # not contiguous
+    weight = random(out_width * num_out_blocks, in_width * num_in_blocks)
+    b = random(len(weight)) if bias else None
+    U, V = random(in_width, rank), random(out_width, rank)
+    core = random(rank * num_in_blocks, rank * num_out_blocks)
+    noise = torch.tensor([0.0, 2.0], dtype=torch.float64).repeat(6, num_out_blocks) if dropout else None
 
-    def function(x, b, A, B):
-        return LowRankLinear.apply(x, weight, b, A, B, noise)[0]
+    def function(x, b, U, core, V):
+        return FusedLinear.apply(x, weight, b, U, core, V, noise)
 
-    inputs = [None if value is None else value.requires_grad_() for value in (x, b, A, B)]
-    h = x @ A.t() if noise is None else (x @ A.t()) * noise.view(2, 4, -1)
-    added = (h.unflatten(-1, (blocks, 2)) @ B.t()).flatten(-2)
-    torch.testing.assert_close(function(*inputs), nn.functional.linear(x, weight, b) + added)
+    inputs = [None if value is None else value.requires_grad_() for value in (x, b, U, core, V)]
+    h = contract(x, U, core)
+    h = h if noise is None else h * noise.view(2, 3, -1)
+    torch.testing.assert_close(function(*inputs), expand(h, V, 1.0, onto=nn.functional.linear(x, weight, b)))
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
 
@@ -299,9 +303,10 @@ def test_without_gradients_and_with_many_rows_the_increment_is_added_to_the_weig
         torch.testing.assert_close(result, plain, rtol=0, atol=2e-5 if dtype == torch.float32 else 0)
 
 
-def saved_bytes(layer, x):
-    """Bytes that autograd keeps for the backward pass of a layer, parameters not counted."""
-    owned = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+def saved_bytes(config, shape, x):
+    """Bytes that autograd keeps for the backward pass of an adapted linear layer, parameters not counted."""
+    model = get_peft_model(nn.Sequential(nn.Linear(*shape)), config)
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
     def pack(tensor):
@@ -311,23 +316,19 @@ def saved_bytes(layer, x):
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
+        y = model(x)
     assert y.requires_grad
     return sum(saved.values())
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
-def test_saves_no_more_than_lora(shape):
+def test_saves_its_input_as_lora_does_and_little_else(shape):
     rank, rows = 4, 100
     x = torch.randn(rows, shape[0], requires_grad=True)
-
-    def layer_of(config, kind):
-        model = get_peft_model(nn.Sequential(nn.Linear(*shape)), config)
-        return next(module for module in model.modules() if isinstance(module, kind))
-
-    fact = layer_of(FacTConfig(rank=rank, target_modules=["0"]), FacTLinear)
-    lora = layer_of(LoraConfig(r=rank, target_modules=["0"]), LoraLayer)
-    # Beside x and h: the low-rank pair, its scaled core and whichever factors made it.
-    small = 4 * 3 * rank * sum(shape) + 4 * 8 * rank * rank
-    assert x.numel() * 4 < saved_bytes(fact, x) <= 4 * (x.numel() + rows * rank) + small
-    assert saved_bytes(fact, x) <= saved_bytes(lora, x) + small
+    fact = saved_bytes(FacTConfig(rank=rank, target_modules=["0"]), shape, x)
+    lora = saved_bytes(LoraConfig(r=rank, target_modules=["0"]), shape, x)
+    # What is rank wide, once for each block of either side, and the scaled core.
+    blocks = sum(shape) // min(shape)
+    narrow = 4 * rows * rank * blocks + 4 * 4 * rank * rank
+    assert 4 * x.numel() < fact <= 4 * x.numel() + narrow
+    assert fact <= lora + narrow

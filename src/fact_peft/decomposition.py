@@ -85,11 +85,6 @@ def low_rank_pair(U: Tensor, core: Tensor, V: Tensor, scale: float) -> tuple[Ten
     return contract_identity(U, scale * core).t(), block_diagonal(num_out_blocks, V)
 
 
-def blockwise_pair(U: Tensor, core: Tensor, V: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Matrices A (b r, a d) and B (e, r) with x dW = `expand` of x A^T by B, and between them what dropout acts on."""
-    return contract_identity(U, scale * core).t(), V
-
-
 def block_diagonal(count: int, matrix: Tensor) -> Tensor:
     """I (x) matrix with `count` blocks."""
     return matrix if count == 1 else torch.block_diag(*[matrix] * count)

@@ -1,16 +1,18 @@
-r"""A frozen linear layer and its low-rank increment as one differentiable function.
+r"""A frozen linear layer and its increment as one differentiable function.
 
-    h = x A^T                   A (q, in)      what reads the input; q the rank of the increment
-    y = x W^T + b + h B^T       B (out, q)     what writes the output
+    h_0 = x (I (x) U)                 what reads the input
+    h = h_0 s Core
+    y = x W^T + b + h (I (x) V)^T     what writes the output
 
-Written as separate operations this passes over activations more often than the mathematics asks for: the second term
-of y goes through a fresh tensor, and so does the sum of the two gradients of x. Here both are added in place, to a
-tensor that nobody else has seen. With g the gradient of y,
+Written as separate operations this passes over activations more often than the mathematics asks for: the last term of
+y goes through a fresh tensor, and so does the sum of the two gradients of x. Here both are added in place, to a tensor
+that nobody else has seen. With g the gradient of y,
 
-    dh = g B        dB = g^T h        dA = dh^T x        dx = g W + dh A
+    dh = g (I (x) V)        dh_0 = dh (s Core)^T        dx = g W + dh_0 (I (x) U)^T
+    dV = g^T h              d(s Core) = h_0^T dh        dU = x^T dh_0
 
-The rows of B may also be one output block of several (`expand`): then g and h are read block by block in the first
-two. With dropout, h is h times its noise, and dh likewise. Letters as in `decomposition.py`.
+where the sums over rows in dU and dV also go over the blocks. With dropout, h is h times its noise, and dh likewise.
+Letters as in `decomposition.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decomposition import expand_
+from .decomposition import blockwise, expand_, low_rank_pair
 
 
 def is_fusable(base_layer: nn.Module) -> bool:
@@ -61,56 +63,85 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
-def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, noise: Tensor | None
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    U: Tensor,
+    core: Tensor,
+    V: Tensor,
+    scale: float,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """y of `LowRankLinear`. Without gradients and with many rows, the increment is added to the weight beforehand."""
+    """y of `FusedLinear`. Without gradients and with many rows, the increment is added to the weight beforehand."""
     # W + dW goes to fresh memory, so it has to be several times smaller than x and y, over which it saves passes: on a
     # ViT-B/16 it does not pay with 4 images and does with 16. In half precision it would lose small digits of dW.
     worthwhile = 4 * weight.numel() <= x.shape[:-1].numel() * sum(weight.shape)
     if torch.is_grad_enabled() or noise is not None or not worthwhile or weight.dtype.itemsize < 4:
-        return LowRankLinear.apply(x, weight, bias, A, B, noise)[0]
-    return nn.functional.linear(x, torch.addmm(weight, B, A), bias)
+        return FusedLinear.apply(x, weight, bias, U, scale * core, V, noise)
+    A, B = low_rank_pair(U, core, V, scale)
+    return nn.functional.linear(x, torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype)), bias)
 
 
-class LowRankLinear(torch.autograd.Function):
-    """``apply(x, weight, bias, A, B, noise)`` is (y, h); see above.
+class FusedLinear(torch.autograd.Function):
+    """``apply(x, weight, bias, U, core, V, noise)`` is y; see above.
 
-    x (..., in), weight (out, in), bias (out) or None, A (q, in), B (out, q) or one block of it (out / n, q / n), noise
-    (rows of x, q) or None, all of one dtype. h is an output only so that second derivatives can go through it.
+    x (..., a d), weight (b e, a d) and bias (b e) or None of one dtype, in which everything is multiplied; U (d, r),
+    core (a r, b r) with the scale in it, V (e, r), noise (rows of x, b r) or None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, noise: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        U: Tensor,
+        core: Tensor,
+        V: Tensor,
+        noise: Tensor | None,
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        # Row-major in A and in B is what a product with so few columns is fastest with, and column-major in backward.
-        h = rows @ A.contiguous().t()
-        if noise is not None:
-            h.mul_(noise)
-        y = expand_(h, B.contiguous(), onto=nn.functional.linear(rows, weight, bias))
-        ctx.save_for_backward(x, weight, A, B, noise, h)
-        return y.view(*x.shape[:-1], -1), h
+        h_0, h = read(rows, U, core, noise)
+        y = expand_(h, V.to(x.dtype), onto=nn.functional.linear(rows, weight, bias))
+        ctx.save_for_backward(x, weight, U, core, V, noise, h_0, h)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        g, dh_direct = grads
-        x, weight, A, B, noise, h = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
-        dx = dbias = dA = dB = None
+        x, weight, U, core, V, noise, h_0, h = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_U, needs_core, needs_V, _ = ctx.needs_input_grad
+        dx = dbias = dU = dcore = dV = None
         with without_autocast(x):
-            g_rows, x_rows = g.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-            g_blocks = g_rows.reshape(-1, B.shape[0])
+            g, rows = grads[0].reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+            if torch.is_grad_enabled():  # second derivatives go through these
+                h_0, h = read(rows, U, core, noise)
             if needs_bias:
-                dbias = g_rows.sum(0)
-            if needs_B:
-                dB = (h.view(-1, B.shape[1]).t() @ g_blocks).t()
-            dh = (g_blocks @ B.t().contiguous().t()).view(h.shape) + dh_direct
+                dbias = g.sum(0)
+            if needs_V:
+                dV = sum_of_products(g, h, V)
+            dh = blockwise(g, V.to(x.dtype))
             if noise is not None:
                 dh = dh * noise
-            if needs_A:
-                dA = dh.t() @ x_rows
+            if needs_core:
+                dcore = h_0.t() @ dh
+            dh_0 = dh @ core.to(x.dtype).t()
+            if needs_U:
+                dU = sum_of_products(rows, dh_0, U)
             if needs_x:
-                dx = (g_rows @ weight).addmm_(dh, A.t().contiguous().t()).view(x.shape)
-        return dx, None, dbias, dA, dB, None
+                dx = expand_(dh_0, U.to(x.dtype), onto=g @ weight).view(x.shape)
+        return dx, None, dbias, dU, dcore, dV, None
+
+
+def read(rows: Tensor, U: Tensor, core: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h_0 and h."""
+    h_0 = blockwise(rows, U.to(rows.dtype))
+    h = h_0 @ core.to(rows.dtype)
+    return h_0, h if noise is None else h * noise
+
+
+def sum_of_products(wide: Tensor, narrow: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of a factor (p, r): `wide` (rows, n p) times `narrow` (rows, n r), summed over rows and blocks."""
+    width, rank = factor.shape
+    # Transposed, which is the faster of the two orders for so few columns.
+    return (narrow.reshape(-1, rank).t() @ wide.reshape(-1, width)).t()

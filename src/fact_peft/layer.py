@@ -15,10 +15,10 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .decomposition import blockwise_pair, contract, core_matrix, expand, increment, low_rank_pair
+from .decomposition import contract, core_matrix, expand, increment, low_rank_pair
 from .discovery import linear_shape
 from .factors import FacTLayer, FacTStack
-from .fused import autocast_dtype, is_fusable, low_rank_linear
+from .fused import autocast_dtype, fused_linear, is_fusable
 from .tensorization import Slices
 
 
@@ -134,18 +134,14 @@ class FacTLinear(nn.Module, FacTLayer):
         weight: Tensor = self.base_layer.weight
         bias: Tensor | None = self.base_layer.bias
         stack, dtype = self.stack(adapter_name), autocast_dtype(x)
-        dropout = stack.fact_dropout[adapter_name] if self.training else 0.0
-        pair = blockwise_pair if dropout > 0 else low_rank_pair
-        # Copied, since a loaded factor lies at any address, and products round by the alignment of what they multiply:
-        # so a reloaded adapter gives the same bits.
-        U, core, V = (term.to(x.device, copy=True) for term in self.terms(adapter_name))
-        A, B = pair(U, core, V, stack.fact_scale[adapter_name])
-        noise = None
-        if dropout > 0:
-            noise = nn.functional.dropout(x.new_ones(x.shape[:-1].numel(), len(A), dtype=dtype or x.dtype), dropout)
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return low_rank_linear(x, weight, bias, A.to(x.dtype), B.to(x.dtype), noise)
+        U, core, V = (term.to(x.device) for term in self.terms(adapter_name))
+        dropout = stack.fact_dropout[adapter_name] if self.training else 0.0
+        noise = None
+        if dropout > 0:
+            noise = nn.functional.dropout(x.new_ones(x.shape[:-1].numel(), core.shape[1]), dropout)
+        return fused_linear(x, weight, bias, U, core, V, stack.fact_scale[adapter_name], noise)
 
     def _add_increment(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
         """y + x dW, in the precision of the activations; autocast has the last word."""

@@ -257,4 +257,6 @@ class FacTModel(BaseTuner):
                 "Load them into an adapter made with the config they were saved with, on a model with as many labels "
                 "(num_labels)."
             )
-        return remapped
+        # Numbers in a mapped file lie at any address, and products round by the alignment of what they multiply. In
+        # memory of their own they give the same bits as those that were saved.
+        return {name: value.clone() for name, value in remapped.items()}
