@@ -150,9 +150,10 @@ def fact(decomposition: str, rank: int, multipliers: Mapping[str, float] | None 
     return Method(f"FacT-{decomposition.upper()}", adapt, multipliers or {})
 
 
-def orthogonal(decomposition: str, rank: int) -> Method:
-    """Orthonormal U and V, zero cores, and scale 4, so that cores move four times as far as U and V."""
-    adapt = partial(by_fact, decomposition=decomposition, rank=rank, scale=4.0, init_weights="orthogonal")
+def orthogonal(decomposition: str, rank: int, scale: float | None = None) -> Method:
+    """Orthonormal U and V, zero cores, and scale 32 / r, so that cores move that many times as far as U and V."""
+    scale = 32 / rank if scale is None else scale
+    adapt = partial(by_fact, decomposition=decomposition, rank=rank, scale=scale, init_weights="orthogonal")
     return Method(f"FacT-{decomposition.upper()}, orthogonal", adapt)
 
 
@@ -170,8 +171,8 @@ METHODS: dict[str, Method] = {
         for rank in (1, 4, 16)
     },
     **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 4, 32, 12)},
-    **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (8, 4, 16)},
-    **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 12, 16)},
+    **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (8, 4, 16, 2)},
+    **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 12, 16, 4, 32)},
     "BitFit": Method("BitFit", partial(by_name, trains=lambda name: name.endswith("bias"))),
     "LN tuning": Method("LN tuning", partial(by_name, trains=lambda name: "layernorm" in name)),
     "VeRA r=64": other("VeRA", VeraConfig, r=64),
@@ -201,7 +202,11 @@ REMEDIES: dict[str, Method] = {
     "FacT-TT r=8, from gradients": fact("tt", 8, init=from_gradients),
     "FacT-TT r=8, V x 16": fact("tt", 8, {"fact_V": 16.0}),
     "FacT-TT r=8, scale 10": fact("tt", 8, scale=10.0),
-    "FacT-TT r=8, orthogonal at scale 1": fact("tt", 8, init_weights="orthogonal"),
+    "FacT-TT r=8, orthogonal at scale 1": orthogonal("tt", 8, scale=1.0),
+    **{
+        f"FacT-{decomposition.upper()} r={rank}, orthogonal at scale 4": orthogonal(decomposition, rank, scale=4.0)
+        for decomposition, rank in (("tt", 4), ("tt", 16), ("tk", 12), ("tk", 16))
+    },
     "FacT-TT r=8, from weights": fact("tt", 8, init=from_weights),
     "FacT-TT r=8, from weights, scale 4": fact("tt", 8, scale=4.0, init=from_weights),
     "FacT-TT r=8, from gradients, scale 4": fact("tt", 8, scale=4.0, init=from_gradients),

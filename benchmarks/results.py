@@ -27,14 +27,18 @@ def installed(package: str) -> str | None:
 
 
 def git_hash() -> str | None:
-    """The commit of this checkout, with ``-dirty`` behind it if tracked files differ; None outside a checkout."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or None
+    """The commit of this checkout, with ``-dirty`` behind it if tracked code differs; None outside a checkout.
+
+    Results do not count as code: a benchmark of several files would else call itself dirty from the second on.
+    """
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+
+    commit = git("rev-parse", "--short=12", "HEAD").stdout.strip()
+    differs = git("diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results").returncode != 0
+    return commit + "-dirty" * differs if commit else None
 
 
 def hardware() -> str:
