@@ -2,13 +2,16 @@
 
     python -m benchmarks.frontier --data FOLDER                        # measures what is missing
     python -m benchmarks.frontier --write benchmarks/README.md         # table and plot from what was measured
+    python -m benchmarks.frontier --data FOLDER --backbone VIT --output OUT --write PAGE    # on another backbone
 
 FOLDER holds cifar10-train.parquet, cifar10-test.parquet, mnist-train.parquet and mnist-test.parquet with the columns
 image ({"bytes": ...}) and label. Without --backbone a small ViT is pretrained on CIFAR-10 first and kept in
 outputs/frontier.
 
 Every method gets a few trials of its learning rate with the first seed; the one with the best validation accuracy is
-run with the other seeds. Results go to one file per task, so that tasks can be measured by several processes at once.
+run with the other seeds. Results go to one file per task, so that tasks can be measured by several processes at once;
+those of another backbone need another --output. PAGE gets the tables between the lines "<!-- begin: COMMAND -->" and
+"<!-- end: COMMAND -->", where COMMAND has the --output if it is not the default.
 """
 
 import argparse
@@ -222,7 +225,8 @@ def main() -> None:
         print(text)
         plot(summary(runs), args.output / "frontier.png")
         if args.write is not None:
-            write_generated(args.write, COMMAND, text)
+            command = COMMAND if args.output == RESULTS else f"{COMMAND} --output {args.output}"
+            write_generated(args.write, command, text)
 
 
 if __name__ == "__main__":

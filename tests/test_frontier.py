@@ -195,7 +195,8 @@ def test_quick_run_measures_each_setting_once(tmp_path):
     }.items():
         write_parquet(tmp_path / f"{name}.parquet", images, "JPEG" if "cifar" in name else "PNG")
     page = tmp_path / "page.md"
-    page.write_text("<!-- begin: python -m benchmarks.frontier -->\n<!-- end: python -m benchmarks.frontier -->\n")
+    marker = f"python -m benchmarks.frontier --output {tmp_path / 'out'}"
+    page.write_text(f"<!-- begin: {marker} -->\n<!-- end: {marker} -->\n")
     command = [sys.executable, "-m", "benchmarks.frontier", "--quick", "--tasks", "count", "--write", str(page)]
     methods = {
         "count.json": ["linear probe", "LoRA r=1", "FacT-TT r=8"],
