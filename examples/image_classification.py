@@ -98,7 +98,7 @@ class Arguments:
     )
     orthogonal: bool = field(
         default=False,
-        metadata={"help": "Start from orthonormal U and V and zero cores; wants scales four times as large."},
+        metadata={"help": "Start from orthonormal U and V and zero cores; meant for scales around 32 / rank."},
     )
     fact_dropout: float = field(default=0.1, metadata={"help": "Dropout on the factors."})
     drop_path: float = field(default=0.1, metadata={"help": "Rate of dropped residual branches, where supported."})
