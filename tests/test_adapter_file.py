@@ -40,6 +40,9 @@ def test_reload_is_bit_equal_under_another_seed_and_name(decomposition, backbone
     assert torch.equal(scores(loaded), scores(model))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert not any(parameter.is_meta for parameter in loaded.parameters())
+    # As torch allocates, and not as they lie in the file: some processors' products round by that, at larger sizes.
+    factors = [parameter for name, parameter in loaded.named_parameters() if ".fact_" in name]
+    assert factors and all(factor.data_ptr() % 64 == 0 for factor in factors)
 
 
 @pytest.mark.parametrize("decomposition, backbone", EVERYWHERE)

@@ -22,8 +22,8 @@ from fact_peft.fused import FusedLinear, is_fusable
 
 # A different order of the same sums.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
-# Under autocast U is also multiplied with the core before it meets x, so that other numbers are rounded.
-TOLERANCE_AUTOCAST = 5e-2
+# Under autocast the scale meets the core before rounding to bfloat16 (0.4 %), not after, and sums are rounded less.
+TOLERANCE_AUTOCAST = 4e-2
 
 
 def adapted(backbone="vit", dtype=torch.float32, **settings):
