@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fact_peft import FacTConfig
-from fact_peft.factors import FacTStack
-from fact_peft.layer import FacTLinear
-from fact_peft.tensorization import Slices, tensorize
+from fact_peft.method.tensorization import Slices, tensorize
+from fact_peft.tuner.factors import FacTStack
+from fact_peft.tuner.layer import FacTLinear
 
 LAYERS = {"q, k, v, o": (768, 768), "up": (768, 3072), "down": (3072, 768)}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -22,8 +22,8 @@ from transformers import ViTForImageClassification
 from benchmarks.frontier_backbone import normalise
 from benchmarks.frontier_tasks import Labelled
 from fact_peft import FacTConfig
-from fact_peft.discovery import find_block_linears
-from fact_peft.tensorization import tensorize
+from fact_peft.architecture.blocks import find_block_linears
+from fact_peft.method.tensorization import tensorize
 
 # Leaves trainable in a backbone what the method trains, the head included; may look at the training images.
 Adapt = Callable[[ViTForImageClassification, Labelled], nn.Module]

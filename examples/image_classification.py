@@ -63,8 +63,8 @@ from transformers import (
 from transformers.utils import logging
 
 from fact_peft import FacTConfig, load_image_classifier, push_image_classifier
-from fact_peft.card import write_model_card
-from fact_peft.inspection import increment_norms, plot_increments, read_adapter
+from fact_peft.operations.inspection import increment_norms, plot_increments, read_adapter
+from fact_peft.sharing.card import write_model_card
 
 COMPLETE = "complete.json"  # written into a checkpoint last
 # What a run's result depends on, with the data, the arguments below and the global batch size.

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from fact_peft import FacTConfig, FacTLinear
-from fact_peft.discovery import find_block_linears
-from fact_peft.factors import FacTStack
+from fact_peft.architecture.blocks import find_block_linears
+from fact_peft.tuner.factors import FacTStack
 
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
 # A slice whose gradient is below this share of the largest in its stack has none but rounding errors. The least share

@@ -15,7 +15,7 @@ from tensorly.tucker_tensor import tucker_to_tensor
 from benchmarks.exactness import errors, reference_increment
 from benchmarks.parameter_counts import ROWS, adapt, adapter_bytes
 from fact_peft import FacTConfig, FacTLinear
-from fact_peft.decomposition import DECOMPOSITIONS, contract, core_matrix, expand, increment, low_rank_pair
+from fact_peft.method.decomposition import DECOMPOSITIONS, contract, core_matrix, expand, increment, low_rank_pair
 
 # Rounding of one product of a few hundred terms; the frozen layer alone is allowed, and shows, the same.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -17,8 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
 from fact_peft import FacTConfig, FacTLinear
-from fact_peft.decomposition import contract, expand
-from fact_peft.fused import FusedLinear, is_fusable
+from fact_peft.method.decomposition import contract, expand
+from fact_peft.method.fused_linear import FusedLinear, is_fusable
 
 # A different order of the same sums.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fact_peft import FacTConfig, FacTLinear
 from fact_peft.__main__ import main
-from fact_peft.inspection import increment_norms, read_adapter
+from fact_peft.operations.inspection import increment_norms, read_adapter
 
 
 @pytest.fixture(params=[("vit", "tt"), ("vit", "tk"), ("swin", "tt"), ("timm", "tk")])

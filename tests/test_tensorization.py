@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fact_peft.tensorization import describe_layout, read_layout, slice_shape, stack_sizes, tensorize
+from fact_peft.method.tensorization import describe_layout, read_layout, slice_shape, stack_sizes, tensorize
 
 sides = st.integers(1, 40)
 shapes = st.dictionaries(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .inspection import describe, draw_increments, increment_norms, read_adapter
+from .operations.inspection import describe, draw_increments, increment_norms, read_adapter
 
 
 def main() -> None:

@@ -1,25 +1,21 @@
-"""Keep adapters of this version for ever: ``python tests/released/freeze.py``, once, when a version is released.
+"""Keep adapters of this version for ever: ``python -m released.freeze`` in ``tests/``, when a version is released.
 
 Writes ``tests/released/VERSION/``: a folder an adapter, as users save them, and beside its files ``logits.safetensors``
 with what the adapted backbone says of a few images in float64. `test_released.py` loads all of them with later code.
 Backbones and images come from formulas, since random numbers change from release to release.
 """
 
-import sys
 from pathlib import Path
 
 import torch
+from backbones import BACKBONES, NUM_LABELS, logits
 from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from backbones import BACKBONES, NUM_LABELS, logits
-
 import fact_peft
 
+HERE = Path(__file__).parent
 LABELS = ["cat", "dog", "Gänseblümchen", "a label, with a comma", ""]
 ADAPTERS = {
     f"{backbone}-{decomposition}": {"rank": 4, "decomposition": decomposition, "scale": 0.5, "labels": LABELS}

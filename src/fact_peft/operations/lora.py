@@ -14,8 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import fact_config
-from .layer import FacTLinear
+from ..tuner.config import fact_config
+from ..tuner.layer import FacTLinear
 
 PREFIX = "base_model.model."
 

@@ -13,10 +13,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from ..architecture.labels import label_settings
+from ..tuner.config import FacTConfig, fact_config
 from .base_model import is_hub_id, load_base
 from .card import write_model_card
-from .config import FacTConfig, fact_config
-from .labels import label_settings
 
 FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, IMAGE_PROCESSOR_NAME]
 

@@ -36,7 +36,7 @@ def register(config_cls: type, model_cls: type[BaseTuner]) -> None:
     add_peft_type()
     fact = PeftType(NAME)
     present = PEFT_TYPE_TO_TUNER_MAPPING.get(fact)
-    if present is not None and present.__module__.partition(".")[0] != __package__:
+    if present is not None and present.__module__.partition(".")[0] != __name__.partition(".")[0]:
         warnings.warn(
             f"{present.__module__} already provides PeftType.{NAME} (peft {peft.__version__}); fact_peft leaves it in "
             "place and its FacTConfig will not work in this process. Use that implementation, or a version of peft "

@@ -9,8 +9,8 @@ import transformers
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from .config import FacTConfig
-from .labels import label_settings
+from ..architecture.labels import label_settings
+from ..tuner.config import FacTConfig
 
 
 def is_hub_id(name: str | None) -> bool:

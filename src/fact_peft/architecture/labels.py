@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .discovery import base_of, linear_shape, walk
+from .linears import base_of, linear_shape, walk
 
 
 def placeholders(num_labels: int) -> list[str]:

@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
+from ..tuner.config import FacTConfig
 from .base_model import base_class, is_hub_id
-from .config import FacTConfig
 
 BEGIN = "<!-- begin: written by fact_peft when the adapter is saved; what stands outside is kept -->"
 END = "<!-- end: written by fact_peft -->"

@@ -13,9 +13,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..method.decomposition import DECOMPOSITIONS
+from ..method.tensorization import Slices
 from .config import FILLED_IN, FacTConfig
-from .decomposition import DECOMPOSITIONS
-from .tensorization import Slices
 
 # Does not contain PEFT's prefix "fact_": PEFT skips modules with the prefix in their name when it deletes adapters.
 FACTORS = "factors"

@@ -15,11 +15,11 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .decomposition import contract, core_matrix, expand, increment, low_rank_pair
-from .discovery import linear_shape
+from ..architecture.linears import linear_shape
+from ..method.decomposition import contract, core_matrix, expand, increment, low_rank_pair
+from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable
+from ..method.tensorization import Slices
 from .factors import FacTLayer, FacTStack
-from .fused import autocast_dtype, fused_linear, is_fusable
-from .tensorization import Slices
 
 
 def find_quantization(base_layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:

@@ -10,8 +10,8 @@ from peft import PeftConfig, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
-from .config import FacTConfig, fact_config
-from .factors import FacTStack
+from ..tuner.config import FacTConfig, fact_config
+from ..tuner.factors import FacTStack
 
 # What the compiled graph or the meaning of the numbers depends on.
 MUST_AGREE = ("rank", "decomposition", "fact_dropout", "layout", "bias", "modules_to_save")

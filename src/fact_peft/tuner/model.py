@@ -14,14 +14,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from ..architecture.labels import current_labels
+from ..method.tensorization import Slices, stack_sizes
 from .combination import combined_config, fill_with_sum
 from .config import FacTConfig, fact_config
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
-from .labels import current_labels
 from .layer import FacTLinear
 from .mixed_batch import mixed_batch
 from .planning import check_adapter_name, fill_in, is_targeted, plan_slices, remember_filled_in
-from .tensorization import Slices, stack_sizes
 
 
 class FacTModel(BaseTuner):

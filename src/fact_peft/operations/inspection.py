@@ -14,10 +14,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 
-from .config import FacTConfig
-from .decomposition import DECOMPOSITIONS, core_matrix, increment_norm
-from .factors import FACTORS
-from .tensorization import Slices, read_layout, split_at_block, tensorize
+from ..method.decomposition import DECOMPOSITIONS, core_matrix, increment_norm
+from ..method.tensorization import Slices, read_layout, split_at_block, tensorize
+from ..tuner.config import FacTConfig
+from ..tuner.factors import FACTORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,12 +16,14 @@ from peft.tuners.tuners_utils import (
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
+from ..architecture.blocks import find_block_linears
+from ..architecture.heads import find_classifiers
+from ..architecture.labels import fitting_labels
+from ..architecture.linears import base_of, find_linears, walk
+from ..method.tensorization import Slices, describe_layout, tensorize
 from .config import FILLED_IN, FacTConfig
-from .discovery import base_of, find_block_linears, find_classifiers, find_linears, walk
 from .factors import FACTORS, SharedFactors
-from .labels import fitting_labels
 from .layer import find_quantization
-from .tensorization import Slices, describe_layout, tensorize
 
 logger = logging.getLogger(__name__)
 

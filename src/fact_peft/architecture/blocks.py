@@ -1,69 +1,20 @@
-"""What FacT trains when the user names nothing: the linear layers of the transformer blocks, and the classifier.
+"""What FacT adapts when the user names nothing: the linear layers of the transformer blocks.
 
 Found by structure, since names differ from model to model and from release to release.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+
+from .linears import find_linears, walk
 
 # Linear layers with a side below this share of the block's width do not carry the token stream: position-bias MLPs,
 # gates and routers.
 MIN_SHARE_OF_WIDTH = 1 / 16
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The module of the original model below what PEFT has wrapped around it, or the module itself."""
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return module.original_module
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of a linear layer, adapted or not; None for any other module."""
-    base = base_of(module)
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    if isinstance(base, Conv1D):
-        # The weight itself may be sharded or quantised.
-        return base.nx, base.nf
-    return None
-
-
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules below `module`, in order, without the insides of what PEFT has wrapped."""
-    for name, child in module.named_children():
-        full_name = f"{prefix}.{name}" if prefix else name
-        yield full_name, child
-        if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            yield from walk(child, full_name)
-
-
-def find_linears(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
-    """Shapes of all linear layers below `module` that are called as modules.
-
-    ``nn.MultiheadAttention`` reads the weight of its output projection without calling it, and has q, k and v beside it
-    in one bare parameter: none of the four is adapted.
-    """
-    functional = {
-        f"{name}.{child_name}"
-        for name, child in walk(module, prefix)
-        if isinstance(child, nn.MultiheadAttention)
-        for child_name, _ in walk(child)
-    }
-    shapes = {
-        name: linear_shape(child)
-        for name, child in walk(module, prefix)
-        if name not in functional and not isinstance(child, AuxiliaryTrainingWrapper)
-    }
-    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def is_block(module: nn.Module) -> bool:
@@ -165,36 +116,3 @@ def find_block_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     blocks = find_blocks(model)
     return {layer: shape for name, block in blocks.items() for layer, shape in token_linears(block, name).items()}
-
-
-def find_classifiers(model: nn.Module) -> list[str]:
-    """Names of the classification heads of `model`; empty if it is not a classification model.
-
-    On a transformers ``...For...Classification`` model these are all top-level modules with linear layers beside the
-    backbone, which is a model of its own: transformers initialises every one of them at random, so that an adapter
-    saved without one could not be used again. On a timm model they are what ``get_classifier()`` returns.
-    """
-    for prefix in ("", "timm_model"):  # the second is the one inside transformers' TimmWrapper
-        wrapped: Any = getattr(model, prefix, None) if prefix else model
-        if callable(getattr(wrapped, "get_classifier", None)):
-            heads = wrapped.get_classifier()
-            heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
-            return [
-                f"{prefix}.{name}" if prefix else name
-                for name, module in walk(wrapped)
-                if any(module is head for head in heads) and has_linear(module)
-            ]
-    if "Classification" not in type(model).__name__:
-        return []
-    others = {name: child for name, child in model.named_children() if not isinstance(child, PreTrainedModel)}
-    if len(others) < len(list(model.children())):
-        return [name for name, child in others.items() if has_linear(child)]
-    # Without such a backbone, a head is what ends in one output per label.
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    return [name for name, child in others.items() if has_linear(child, num_labels) and not find_blocks(child)]
-
-
-def has_linear(module: nn.Module, out_features: int | None = None) -> bool:
-    """Whether `module` is or contains a linear layer, of so many outputs if given."""
-    shapes = [linear_shape(module), *find_linears(base_of(module)).values()]
-    return any(shape is not None and out_features in (None, shape[1]) for shape in shapes)

@@ -11,8 +11,8 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 from torch import nn
 
-from .adapter_file import check_adapter_folder
-from .decomposition import DECOMPOSITIONS
+from ..method.decomposition import DECOMPOSITIONS
+from ..storage.adapter_file import check_adapter_folder
 
 # Fields that are filled in from the model when an adapter is created, as far as the user left them open.
 FILLED_IN = ("target_modules", "modules_to_save", "labels", "layout")

@@ -1,0 +1,1 @@
+"""What there is to adapt in a model, found by structure: linear layers, blocks, heads and their labels."""

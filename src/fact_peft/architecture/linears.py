@@ -1,0 +1,55 @@
+"""The linear layers of a model by name and shape, whatever PEFT has wrapped around them."""
+
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The module of the original model below what PEFT has wrapped around it, or the module itself."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return module.original_module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear layer, adapted or not; None for any other module."""
+    base = base_of(module)
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    if isinstance(base, Conv1D):
+        # The weight itself may be sharded or quantised.
+        return base.nx, base.nf
+    return None
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules below `module`, in order, without the insides of what PEFT has wrapped."""
+    for name, child in module.named_children():
+        full_name = f"{prefix}.{name}" if prefix else name
+        yield full_name, child
+        if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield from walk(child, full_name)
+
+
+def find_linears(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
+    """Shapes of all linear layers below `module` that are called as modules.
+
+    ``nn.MultiheadAttention`` reads the weight of its output projection without calling it, and has q, k and v beside it
+    in one bare parameter: none of the four is adapted.
+    """
+    functional = {
+        f"{name}.{child_name}"
+        for name, child in walk(module, prefix)
+        if isinstance(child, nn.MultiheadAttention)
+        for child_name, _ in walk(child)
+    }
+    shapes = {
+        name: linear_shape(child)
+        for name, child in walk(module, prefix)
+        if name not in functional and not isinstance(child, AuxiliaryTrainingWrapper)
+    }
+    return {name: shape for name, shape in shapes.items() if shape is not None}

@@ -1,0 +1,1 @@
+"""What PEFT calls: the configuration, the shared factors, the layers, and the tuner that puts them into a model."""
