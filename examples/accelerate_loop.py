@@ -30,7 +30,7 @@ TINY = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "in
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--output_dir", type=Path, default=Path("outputs/accelerate_loop"))
 parser.add_argument("--model", help="folder or Hub id")
-parser.add_argument("--decomposition", choices=["tt", "tk"], default="tt")
+parser.add_argument("--decomposition", default="tt")
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--batch_size", type=int, default=60, help="over all processes")
 parser.add_argument("--gradient_checkpointing", action="store_true")

@@ -92,7 +92,7 @@ class Arguments:
         default="stop", metadata={"help": "What to do if some images cannot be read.", "choices": ["stop", "skip"]}
     )
     rank: int = field(default=8, metadata={"help": "Rank of FacT."})
-    decomposition: str = field(default="tt", metadata={"help": "Decomposition.", "choices": ["tt", "tk"]})
+    decomposition: str = field(default="tt", metadata={"help": "'tt' or 'tk'."})
     scales: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Scales to try; the best on the validation images is kept."}
     )

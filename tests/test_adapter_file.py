@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from fact_peft import FacTConfig
+from fact_peft.method.decomposition import DECOMPOSITIONS
 
-EVERYWHERE = [(decomposition, backbone) for decomposition in ("tt", "tk") for backbone in BACKBONES]
+EVERYWHERE = [(decomposition, backbone) for decomposition in DECOMPOSITIONS for backbone in BACKBONES]
 
 
 def adapted(decomposition="tt", backbone="vit", seed=0, **settings):
@@ -120,7 +121,7 @@ OTHER_BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("decomposition", ["tt", "tk"])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 @pytest.mark.parametrize("difference", OTHER_BACKBONES)
 def test_loading_onto_another_backbone_names_both_sides_and_changes_nothing(difference, decomposition, tmp_path):
     adapted(decomposition).save_pretrained(tmp_path)

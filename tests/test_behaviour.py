@@ -13,18 +13,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fact_peft import FacTConfig, FacTLinear
+from fact_peft.method.decomposition import DECOMPOSITIONS
 
 # Merging rounds W + dW to the dtype of W, once per weight; the layers above pass the difference on.
 MERGE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 CASES = [
     pytest.param(decomposition, backbone, dtype, id=f"{decomposition}-{backbone}-{str(dtype).removeprefix('torch.')}")
-    for decomposition in ("tt", "tk")
+    for decomposition in DECOMPOSITIONS
     for backbone in BACKBONES
     for dtype in MERGE_TOLERANCE
 ]
 everywhere = pytest.mark.parametrize("decomposition, backbone, dtype", CASES)
 in_float32 = pytest.mark.parametrize(
-    "decomposition, backbone", [(decomposition, backbone) for decomposition in ("tt", "tk") for backbone in BACKBONES]
+    "decomposition, backbone", [(decomposition, backbone) for decomposition in DECOMPOSITIONS for backbone in BACKBONES]
 )
 
 
@@ -248,7 +249,7 @@ def test_every_factor_is_one_parameter_under_one_name(decomposition, backbone):
     stacks = {id(stack) for stack in model.get_base_model().factors.values()}
     for layer in model.modules():
         if isinstance(layer, FacTLinear):
-            assert {id(stack) for stack in layer._stacks.values()} <= stacks
+            assert {id(stack) for stack in layer.fact_stacks.values()} <= stacks
 
 
 @in_float32

@@ -24,8 +24,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
 
 from fact_peft import FacTConfig, convert_to_lora, hotswap_adapter, save_as_lora
+from fact_peft.method.decomposition import DECOMPOSITIONS
 
-EVERYWHERE = [(decomposition, backbone) for decomposition in ("tt", "tk") for backbone in BACKBONES]
+EVERYWHERE = [(decomposition, backbone) for decomposition in DECOMPOSITIONS for backbone in BACKBONES]
 everywhere = pytest.mark.parametrize("decomposition, backbone", EVERYWHERE)
 
 
@@ -55,7 +56,7 @@ def scores(model):
 
 def gradients(model):
     model.zero_grad()
-    logits(model.train(), images()).square().sum().backward()
+    logits(model.train(), images(next(model.parameters()).dtype)).square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -215,7 +216,7 @@ def test_hotswap_refuses_another_shape(settings, message, tmp_path):
     assert torch.equal(scores(model), expected)
 
 
-@pytest.mark.parametrize("decomposition", ["tt", "tk"])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_no_graph_break_and_no_recompilation_when_swapping(decomposition, tmp_path):
     other = adapted(decomposition, seed=1, scale=0.5)
     other.save_pretrained(tmp_path)
@@ -285,7 +286,8 @@ def test_mixed_batch_refuses():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("decomposition, backbone", [(d, b) for d, b in EVERYWHERE if b != "timm"])
 def test_gradient_checkpointing_gives_the_same_gradients(decomposition, backbone, use_reentrant):
-    model = adapted(decomposition, backbone)
+    # In float64: the passes with and without gradients multiply in another order.
+    model = adapted(decomposition, backbone).double()
     expected = gradients(model)
     # Newer versions of transformers have another name for it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -368,7 +370,7 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("decomposition", ["tt", "tk"])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_fully_sharded_blocks_train_and_save_the_same_adapter(decomposition, process_group):
     """FSDP2, a unit per block and one for the rest, which holds the shared factors."""
     plain, sharded = adapted(decomposition), adapted(decomposition)

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
 from fact_peft import FacTConfig, FacTLinear
-from fact_peft.method.decomposition import contract, expand
+from fact_peft.method.decomposition import DECOMPOSITIONS, contract, expand
 from fact_peft.method.fused_linear import FusedLinear, is_fusable
 
 # A different order of the same sums.
@@ -89,13 +89,13 @@ def test_derivatives_match_finite_differences(num_in_blocks, num_out_blocks, bia
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("decomposition", ["tt", "tk"])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 @pytest.mark.parametrize("backbone", ["vit", "swin", "timm"])
 def test_fused_equals_plain(backbone, decomposition, dtype):
     assert_paths_agree(adapted(backbone, dtype, decomposition=decomposition), dtype)
 
 
-@pytest.mark.parametrize("decomposition", ["tt", "tk"])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 @pytest.mark.parametrize("shape", [(64, 64), (64, 192), (192, 64)])
 def test_fused_is_as_exact_as_plain_in_bfloat16(shape, decomposition):
     torch.manual_seed(0)

@@ -51,7 +51,8 @@ def test_the_command_prints_and_draws(adapted, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     config = model.peft_config["default"]
     num_factors = sum(p.numel() for name, p in model.named_parameters() if ".fact_" in name)
-    assert f"FacT-{config.decomposition.upper()}, rank 3, scale 0.7" in printed
+    title = {"tt": "FacT-TT, tensor-train", "tk": "FacT-TK, Tucker"}[config.decomposition]
+    assert f"{title}, rank 3, scale 0.7" in printed
     assert f"{num_factors:,} in the factors" in printed
     assert f"{(folder / 'adapter_model.safetensors').stat().st_size:,} adapter_model.safetensors" in printed
     assert all(line in printed for line in config.layout)

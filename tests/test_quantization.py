@@ -9,6 +9,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForImageClassification, BitsAndBytesConfig, TorchAoConfig
 
 from fact_peft import FacTConfig
+from fact_peft.method.decomposition import DECOMPOSITIONS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
@@ -41,7 +42,7 @@ def scores(model):
     return logits(model.eval(), images())
 
 
-@pytest.mark.parametrize("decomposition", ["tt", "tk"])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 @pytest.mark.parametrize("base", BASES)
 def test_training_saving_and_merging(base, decomposition, folder, tmp_path):
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from fact_peft import FacTConfig
+from fact_peft.method.decomposition import DECOMPOSITIONS
 
 
 class RandomImages(Dataset):
@@ -42,7 +43,7 @@ def train(folder, decomposition, resume_from=None):
     return model.eval()
 
 
-@pytest.mark.parametrize("decomposition", ["tt", "tk"])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_resumed_training_ends_bit_equal(decomposition, tmp_path):
     model = train(tmp_path / "whole", decomposition)
     checkpoint = tmp_path / "whole" / "checkpoint-3"

@@ -94,9 +94,11 @@ class Decomposition(ABC):
     """How the cores Sigma_k of a stack are written. U and V are the same for every member of the family.
 
     Attributes:
+        title: What people call it.
         core_factors: Names of the factors behind the cores. Every core is linear in the last one.
     """
 
+    title: str
     core_factors: tuple[str, ...]
 
     @abstractmethod
@@ -143,6 +145,7 @@ class Decomposition(ABC):
 class TensorTrain(Decomposition):
     """FacT-TT, eq. 8: the cores are learned as they are. 2 d r + N r^2 parameters for a square stack."""
 
+    title = "FacT-TT, tensor-train"
     core_factors = ("Sigma",)
 
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -158,6 +161,7 @@ class TensorTrain(Decomposition):
 class Tucker(Decomposition):
     """FacT-TK, eq. 10: the cores are mixtures of r shared ones. 2 d r + N r + r^3 parameters for a square stack."""
 
+    title = "FacT-TK, Tucker"
     core_factors = ("C", "P")
 
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:

@@ -53,6 +53,5 @@ def hotswap_adapter(
     set_peft_model_state_dict(model, load_peft_weights(path, device="cpu", **kwargs), adapter_name=adapter_name)
     loaded.labels = saved.labels
     for stack in model.modules():
-        if isinstance(stack, FacTStack) and adapter_name in stack.fact_scale:
-            stack.fact_V[adapter_name].mul_(saved.scale / stack.fact_scale[adapter_name])
-            stack.fact_filled_in[adapter_name]["labels"] = saved.labels
+        if isinstance(stack, FacTStack) and adapter_name in stack.fact_config:
+            stack.fact_V[adapter_name].mul_(saved.scale / loaded.scale)

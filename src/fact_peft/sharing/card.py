@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
+from ..method.decomposition import DECOMPOSITIONS
 from ..tuner.config import FacTConfig
 from .base_model import base_class, is_hub_id
 
@@ -16,7 +17,6 @@ BEGIN = "<!-- begin: written by fact_peft when the adapter is saved; what stands
 END = "<!-- end: written by fact_peft -->"
 # Title of the forms that peft and transformers leave in a folder or repository for somebody to fill in.
 BLANK_FORM = "# Model Card for Model ID"
-METHODS = {"tt": "FacT-TT, tensor-train", "tk": "FacT-TK, Tucker"}
 MAX_LABELS = 100
 
 
@@ -74,7 +74,7 @@ def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, floa
         "",
         "| | |",
         "|---|---|",
-        f"| method | {METHODS[config.decomposition]} |",
+        f"| method | {DECOMPOSITIONS[config.decomposition].title} |",
         f"| rank | {config.rank} |",
         f"| scale | {config.scale:g} |",
         f"| parameters of the factors | {in_factors:,} |",

@@ -48,17 +48,17 @@ def fill_with_sum(model: nn.Module, adapter_name: str, weights: dict[str, float]
     """
     layers = [layer for layer in model.modules() if isinstance(layer, FacTLinear) and adapter_name in layer.fact_slices]
     for layer in layers:
-        for factor in layer.stack(adapter_name).factors(adapter_name).values():
+        for factor in layer.fact_stacks[adapter_name].factors(adapter_name).values():
             factor.zero_()
     for layer in layers:
-        total, owned = layer.stack(adapter_name).factors(adapter_name), layer.fact_slices[adapter_name]
+        total, owned = layer.fact_stacks[adapter_name].factors(adapter_name), layer.fact_slices[adapter_name]
         start = 0
         for (name, weight), rank in zip(weights.items(), ranks, strict=True):
             columns = slice(start, start + rank)
             start += rank
             if name in layer.fact_slices:
-                stack = layer.stack(name)
-                cores = weight * stack.fact_scale[name] * stack.cores(name, layer.fact_slices[name])
+                stack = layer.fact_stacks[name]
+                cores = weight * stack.scale(name) * stack.cores(name, layer.fact_slices[name])
                 total["U"][:, columns] = stack.fact_U[name]
                 total["V"][:, columns] = stack.fact_V[name]
                 total["Sigma"][owned.first : owned.first + owned.count, columns, columns] = cores

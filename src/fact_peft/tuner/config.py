@@ -14,9 +14,6 @@ from torch import nn
 from ..method.decomposition import DECOMPOSITIONS
 from ..storage.adapter_file import check_adapter_folder
 
-# Fields that are filled in from the model when an adapter is created, as far as the user left them open.
-FILLED_IN = ("target_modules", "modules_to_save", "labels", "layout")
-
 
 @dataclass
 class FacTConfig(PeftConfig):
@@ -24,6 +21,9 @@ class FacTConfig(PeftConfig):
 
     The increments of all targeted linear layers of one width are one tensor, factorized as ``dW_k = scale * U Sigma_k
     V^T`` with U and V shared by all layers. A ViT-B/16 gets 21,504 trainable parameters at the default rank of 8.
+
+    This is what a user asks for, and it may serve several models: none changes it. What it means for one of them, with
+    nothing left open, is that model's own copy, ``model.peft_config[adapter_name]``.
 
     Args:
         rank: Rank r of the factors, at least 1 and at most the width of the narrowest targeted layer.
@@ -48,7 +48,7 @@ class FacTConfig(PeftConfig):
             a scale of 32 / rank, see benchmarks/README.md. False: every factor random.
         labels: Class names in the order of the logits, saved with the adapter. None: what the model's
             ``config.id2label`` says, if a module of `modules_to_save` has so many outputs.
-        layout: Which layer owns which slices. Filled in when the adapter is created, saved with it, and compared with
+        layout: Which layer owns which slices. Settled when the adapter is created, saved with it, and compared with
             the model when the adapter is loaded; not for users to set.
 
     Raises:
@@ -57,8 +57,9 @@ class FacTConfig(PeftConfig):
     """
 
     rank: int = field(default=8, metadata={"help": "Rank r of the factors."})
-    decomposition: Literal["tt", "tk"] = field(
-        default="tt", metadata={"help": "'tt' (tensor-train, eq. 8) or 'tk' (Tucker, eq. 10)."}
+    decomposition: str = field(
+        default="tt",
+        metadata={"help": " or ".join(f"{name!r} ({member.title})" for name, member in DECOMPOSITIONS.items())},
     )
     scale: float = field(default=1.0, metadata={"help": "Factor s in front of the increment."})
     fact_dropout: float = field(
@@ -104,7 +105,7 @@ class FacTConfig(PeftConfig):
         },
     )
     layout: list[str] | None = field(
-        default=None, metadata={"help": "Which layer owns which slices; filled in when the adapter is created."}
+        default=None, metadata={"help": "Which layer owns which slices; settled when the adapter is created."}
     )
 
     def __post_init__(self) -> None:

@@ -7,22 +7,28 @@ counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeR
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..method.decomposition import DECOMPOSITIONS
+from ..method.decomposition import DECOMPOSITIONS, Decomposition
 from ..method.tensorization import Slices
-from .config import FILLED_IN, FacTConfig
+from .config import FacTConfig
 
+# Of every decomposition, each once.
+CORE_FACTORS = tuple(dict.fromkeys(name for member in DECOMPOSITIONS.values() for name in member.core_factors))
 # Does not contain PEFT's prefix "fact_": PEFT skips modules with the prefix in their name when it deletes adapters.
 FACTORS = "factors"
 
 
 class FacTLayer(BaseTunerLayer):
     """Whatever of an adapted model belongs to FacT: what PEFT visits to switch, freeze or delete adapters."""
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what belongs to an adapter, for another of the same name; which ones are active does not change."""
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            if adapter_name in getattr(self, attribute):
+                del getattr(self, attribute)[adapter_name]
 
 
 class SharedFactors(nn.ModuleDict):
@@ -37,12 +43,12 @@ class FacTStack(nn.Module, FacTLayer):
     """The factors of all slices of one shape, for every adapter of the model.
 
     Paper letters: ``fact_U`` (d, r), ``fact_V`` (e, r), ``fact_Sigma`` (N, r, r) for tensor-train, ``fact_C``
-    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. ``fact_filled_in``
-    keeps, per adapter, what its config got from this model, for the day the adapter is saved.
+    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. ``fact_config`` has, per
+    adapter, the model's own config: scale, dropout and decomposition are read from there.
     """
 
-    adapter_layer_names = ("fact_U", "fact_V", "fact_Sigma", "fact_C", "fact_P")
-    other_param_names = ("fact_scale", "fact_dropout", "fact_decomposition", "fact_filled_in")
+    adapter_layer_names = ("fact_U", "fact_V", *(f"fact_{name}" for name in CORE_FACTORS))
+    other_param_names = ("fact_config",)
     fact_U: nn.ParameterDict
     fact_V: nn.ParameterDict
     # BaseTunerLayer looks these up in a base layer; a stack has none.
@@ -60,18 +66,12 @@ class FacTStack(nn.Module, FacTLayer):
         self.out_features = out_features
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.fact_scale: dict[str, float] = {}
-        self.fact_dropout: dict[str, float] = {}
-        self.fact_decomposition: dict[str, str] = {}
-        self.fact_filled_in: dict[str, dict[str, Any]] = {}
+        self.fact_config: dict[str, FacTConfig] = {}
         self.merged_adapters = []
 
     def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:
         """Create and initialise the factors of an adapter with `num_slices` slices in this stack."""
-        self.fact_scale[adapter_name] = float(config.scale)
-        self.fact_dropout[adapter_name] = float(config.fact_dropout)
-        self.fact_decomposition[adapter_name] = config.decomposition
-        self.fact_filled_in[adapter_name] = {field: getattr(config, field) for field in FILLED_IN}
+        self.fact_config[adapter_name] = config
         decomposition = DECOMPOSITIONS[config.decomposition]
         shapes = decomposition.shapes(self.in_features, self.out_features, num_slices, config.rank)
         factors = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
@@ -79,14 +79,26 @@ class FacTStack(nn.Module, FacTLayer):
         for name, factor in factors.items():
             getattr(self, f"fact_{name}")[adapter_name] = factor
 
+    def decomposition(self, adapter_name: str) -> Decomposition:
+        """How the cores of an adapter are written."""
+        return DECOMPOSITIONS[self.fact_config[adapter_name].decomposition]
+
+    def scale(self, adapter_name: str) -> float:
+        """The scale s of an adapter."""
+        return float(self.fact_config[adapter_name].scale)
+
+    def dropout(self, adapter_name: str) -> float:
+        """The probability of dropout on an adapter's activation between core and V, when it trains."""
+        return float(self.fact_config[adapter_name].fact_dropout)
+
     def factors(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The factors of an adapter under their paper letters."""
-        names = ("U", "V", *DECOMPOSITIONS[self.fact_decomposition[adapter_name]].core_factors)
+        names = ("U", "V", *self.decomposition(adapter_name).core_factors)
         return {name: getattr(self, f"fact_{name}")[adapter_name] for name in names}
 
     def cores(self, adapter_name: str, slices: Slices) -> Tensor:
         """Sigma_k (count, r, r) of a layer's slices."""
-        decomposition = DECOMPOSITIONS[self.fact_decomposition[adapter_name]]
+        decomposition = self.decomposition(adapter_name)
         factors = {name: getattr(self, f"fact_{name}")[adapter_name] for name in decomposition.core_factors}
         return decomposition.cores(factors, slices.first, slices.count)
 

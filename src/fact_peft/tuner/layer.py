@@ -55,7 +55,7 @@ class FacTLinear(nn.Module, FacTLayer):
     when it is called.
     """
 
-    other_param_names = ("fact_slices",)
+    other_param_names = ("fact_slices", "fact_stacks")
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         """
@@ -72,7 +72,7 @@ class FacTLinear(nn.Module, FacTLayer):
         self.quantization_backend = find_quantization(base_layer, **quantization)
         self.fact_slices: dict[str, Slices] = {}
         # A plain dict hides the stacks from nn.Module, so that their factors belong to the model alone.
-        self._stacks: dict[str, FacTStack] = {}
+        self.fact_stacks: dict[str, FacTStack] = {}
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = []
@@ -80,16 +80,12 @@ class FacTLinear(nn.Module, FacTLayer):
     def update_layer(self, adapter_name: str, slices: Slices, stack: FacTStack) -> None:
         """Let an adapter own `slices` of `stack`, and place the stack where its first layer is."""
         self.fact_slices[adapter_name] = slices
-        self._stacks[slices.stack] = stack
+        self.fact_stacks[adapter_name] = stack
         self._move_adapter_to_device_of_base_layer(adapter_name)
-
-    def stack(self, adapter_name: str) -> FacTStack:
-        """The stack in which an adapter keeps the factors of this layer."""
-        return self._stacks[self.fact_slices[adapter_name].stack]
 
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """What the increment is made of: U (d, r), the core matrix (a r, b r) and V (e, r)."""
-        stack, slices = self.stack(adapter_name), self.fact_slices[adapter_name]
+        stack, slices = self.fact_stacks[adapter_name], self.fact_slices[adapter_name]
         cores = stack.cores(adapter_name, slices).unflatten(0, (slices.num_in_blocks, slices.num_out_blocks))
         return stack.fact_U[adapter_name], core_matrix(cores), stack.fact_V[adapter_name]
 
@@ -97,12 +93,6 @@ class FacTLinear(nn.Module, FacTLayer):
         U, core, V = self.terms(adapter_name)
         dtype = torch.promote_types(U.dtype, torch.float32)
         return U.to(dtype), core.to(dtype), V.to(dtype)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter, and the stacks that no other one of this layer uses."""
-        super().delete_adapter(adapter_name)
-        in_use = {slices.stack for slices in self.fact_slices.values()}
-        self._stacks = {name: stack for name, stack in self._stacks.items() if name in in_use}
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.fact_slices)
@@ -133,23 +123,23 @@ class FacTLinear(nn.Module, FacTLayer):
         assert isinstance(self.base_layer, nn.Linear)
         weight: Tensor = self.base_layer.weight
         bias: Tensor | None = self.base_layer.bias
-        stack, dtype = self.stack(adapter_name), autocast_dtype(x)
+        stack, dtype = self.fact_stacks[adapter_name], autocast_dtype(x)
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         U, core, V = (term.to(x.device) for term in self.terms(adapter_name))
-        dropout = stack.fact_dropout[adapter_name] if self.training else 0.0
+        dropout = stack.dropout(adapter_name) if self.training else 0.0
         noise = None
         if dropout > 0:
             noise = nn.functional.dropout(x.new_ones(x.shape[:-1].numel(), core.shape[1]), dropout)
-        return fused_linear(x, weight, bias, U, core, V, stack.fact_scale[adapter_name], noise)
+        return fused_linear(x, weight, bias, U, core, V, stack.scale(adapter_name), noise)
 
     def _add_increment(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
         """y + x dW, in the precision of the activations; autocast has the last word."""
-        stack = self.stack(adapter_name)
+        stack = self.fact_stacks[adapter_name]
         U, core, V = (term.to(x.device) for term in self.terms(adapter_name))
         h = contract(x, U.to(x.dtype), core.to(x.dtype))
-        h = nn.functional.dropout(h, stack.fact_dropout[adapter_name], self.training)
-        return expand(h.to(y.dtype), V.to(y.dtype), stack.fact_scale[adapter_name], onto=y)
+        h = nn.functional.dropout(h, stack.dropout(adapter_name), self.training)
+        return expand(h.to(y.dtype), V.to(y.dtype), stack.scale(adapter_name), onto=y)
 
     @property
     def weight(self) -> Tensor:
@@ -177,13 +167,13 @@ class FacTLinear(nn.Module, FacTLayer):
         return self._delta_weight(adapter_name)
 
     def _delta_weight(self, adapter_name: str) -> Tensor:
-        delta = increment(*self._precise_terms(adapter_name), self.stack(adapter_name).fact_scale[adapter_name])
+        delta = increment(*self._precise_terms(adapter_name), self.fact_stacks[adapter_name].scale(adapter_name))
         return delta if self.fan_in_fan_out else delta.t()
 
     @torch.no_grad()
     def low_rank_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Matrices A (q, in_features) and B (out_features, q) with B A the increment in ``nn.Linear``'s orientation."""
-        A, B = low_rank_pair(*self._precise_terms(adapter_name), self.stack(adapter_name).fact_scale[adapter_name])
+        A, B = low_rank_pair(*self._precise_terms(adapter_name), self.fact_stacks[adapter_name].scale(adapter_name))
         # Copied, since B may be V itself, which all layers share.
         return A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
 
@@ -234,12 +224,12 @@ class FacTLinear(nn.Module, FacTLayer):
             self._mark_unmerged(adapter_name)
 
     def _mark_merged(self, adapter_name: str) -> None:
-        for owner in (self, self.stack(adapter_name)):
+        for owner in (self, self.fact_stacks[adapter_name]):
             if adapter_name not in owner.merged_adapters:
                 owner.merged_adapters.append(adapter_name)
 
     def _mark_unmerged(self, adapter_name: str) -> None:
-        for owner in (self, self.stack(adapter_name)):
+        for owner in (self, self.fact_stacks[adapter_name]):
             if adapter_name in owner.merged_adapters:
                 owner.merged_adapters.remove(adapter_name)
 
@@ -252,7 +242,7 @@ class FacTLinear(nn.Module, FacTLayer):
             dtype = None
         target = device if device is not None else base_device
         if target is not None and target.type != "meta":
-            self.stack(adapter_name).place(adapter_name, target, dtype)
+            self.fact_stacks[adapter_name].place(adapter_name, target, dtype)
 
     def extra_repr(self) -> str:
         return ", ".join(

@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..architecture.labels import current_labels
@@ -21,7 +22,7 @@ from .config import FacTConfig, fact_config
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
 from .layer import FacTLinear
 from .mixed_batch import mixed_batch
-from .planning import check_adapter_name, fill_in, is_targeted, plan_slices, remember_filled_in
+from .planning import check_adapter_name, is_targeted, resolve
 
 
 class FacTModel(BaseTuner):
@@ -52,19 +53,38 @@ class FacTModel(BaseTuner):
 
         `state_dict` is not looked at: the layers follow from the config and its layout.
         """
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, FacTConfig)
-        check_adapter_name(adapter_name)
-        config_before = dict(vars(config))
+        asked = self.peft_config[adapter_name]
+        assert isinstance(asked, FacTConfig)
         try:
-            given = fill_in(config, model)
-            self._plan = plan_slices(config, model)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            check_adapter_name(adapter_name)
+            check_not_merged(model, adapter_name, "replaced")
+            self.peft_config[adapter_name], self._plan = resolve(asked, model)
         except Exception:
-            vars(config).clear()
-            vars(config).update(config_before)
+            self._restore_config(adapter_name)
             raise
-        remember_filled_in(config, given)
+        self._forget(adapter_name)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        if adapter_name in self.active_adapters:
+            for wrapper in self._heads():  # PEFT activates a new head only where there was none
+                if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
+                    wrapper.set_adapter(adapter_name, inference_mode=asked.inference_mode)
+
+    def _restore_config(self, adapter_name: str) -> None:
+        """After a refusal: the config of the adapter that the model has under this name, or none."""
+        del self.peft_config[adapter_name]
+        for stack in self._stacks():
+            if adapter_name in stack.fact_config:
+                self.peft_config[adapter_name] = stack.fact_config[adapter_name]
+
+    def _forget(self, adapter_name: str) -> None:
+        """Drop an earlier adapter of this name, as when a notebook's cell is run again: the new one starts afresh."""
+        for module in self.model.modules():
+            if isinstance(module, FacTLayer):
+                module.forget(adapter_name)
+        for wrapper in self._heads():
+            others = [name for name in wrapper.active_adapters if name != adapter_name]
+            wrapper.delete_adapter(adapter_name, new_active_adapters=others)
+        self._drop_empty_stacks()
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -83,7 +103,7 @@ class FacTModel(BaseTuner):
         assert isinstance(peft_config, FacTConfig)
         slices = self._plan[current_key]
         stack = self._stack_for(slices)
-        if adapter_name not in stack.fact_scale:
+        if adapter_name not in stack.fact_config:
             stack.add_adapter(adapter_name, peft_config, stack_sizes(self._plan.values())[slices.stack])
         if not isinstance(target, FacTLinear):
             layer = FacTLinear(target, **get_quantization_kwargs(self.model))
@@ -107,6 +127,9 @@ class FacTModel(BaseTuner):
     def _linears(self) -> Iterator[FacTLinear]:
         return (module for module in self.model.modules() if isinstance(module, FacTLinear))
 
+    def _heads(self) -> Iterator[ModulesToSaveWrapper]:
+        return (module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper))
+
     def _stacks(self) -> Iterator[FacTStack]:
         return (module for module in self.model.modules() if isinstance(module, FacTStack))
 
@@ -121,14 +144,12 @@ class FacTModel(BaseTuner):
         """Change the scale s of an adapter, also after training; it is saved with the adapter.
 
         Raises:
-            ValueError: If there is no such adapter, or `scale` is zero or not finite.
+            ValueError: If there is no such adapter, it is merged, or `scale` is zero or not finite.
         """
         config = fact_config(self, adapter_name)
         replace(config, scale=scale)  # for its checks
+        check_not_merged(self.model, adapter_name, "scaled")
         config.scale = float(scale)
-        for stack in self._stacks():
-            if adapter_name in stack.fact_scale:
-                stack.fact_scale[adapter_name] = config.scale
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Add the adapter whose increments are the weighted sum of those of others, exactly.
@@ -156,7 +177,7 @@ class FacTModel(BaseTuner):
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
-            del self.peft_config[adapter_name]
+            self.peft_config.pop(adapter_name, None)
             raise
         self._cast_adapter_dtype(adapter_name)
         ranks = [config.rank for config in configs.values()]
@@ -169,8 +190,11 @@ class FacTModel(BaseTuner):
             ValueError: If there is no such adapter, or it is merged.
         """
         super().delete_adapter(adapter_name)
+        self._drop_empty_stacks()
+
+    def _drop_empty_stacks(self) -> None:
         stacks = getattr(self.model, FACTORS, {})
-        for name in [name for name, stack in stacks.items() if not stack.fact_scale]:
+        for name in [name for name, stack in stacks.items() if not stack.fact_config]:
             del stacks[name]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -219,10 +243,6 @@ class FacTModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # The config may meanwhile have served another model; what it takes to disk is what it got from this one.
-        for module in model.modules():
-            if isinstance(module, FacTStack) and adapter_name in module.fact_scale:
-                vars(config).update(module.fact_filled_in[adapter_name], scale=module.fact_scale[adapter_name])
         assert isinstance(config, FacTConfig)
         config.labels = current_labels(config.labels, model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -237,6 +257,7 @@ class FacTModel(BaseTuner):
             ValueError: If a factor is missing or not finite, or a factor or head has another shape than in the model.
         """
         assert isinstance(config, FacTConfig)
+        check_not_merged(model, adapter_name, "overwritten")
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problems = []
         for name, parameter in model.named_parameters():
@@ -260,3 +281,16 @@ class FacTModel(BaseTuner):
         # Numbers in a mapped file lie at any address, and products round by the alignment of what they multiply. In
         # memory of their own they give the same bits as those that were saved.
         return {name: value.clone() for name, value in remapped.items()}
+
+
+def check_not_merged(model: nn.Module, adapter_name: str, doing: str) -> None:
+    """Refuse to change an adapter whose increment is part of the base weights: unmerging would subtract another one.
+
+    Raises:
+        ValueError: If the adapter is merged.
+    """
+    if any(isinstance(layer, FacTLinear) and adapter_name in layer.merged_adapters for layer in model.modules()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} is merged into the base weights and cannot be {doing}; call unmerge_adapter() "
+            "first."
+        )

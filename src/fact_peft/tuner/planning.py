@@ -21,29 +21,30 @@ from ..architecture.heads import find_classifiers
 from ..architecture.labels import fitting_labels
 from ..architecture.linears import base_of, find_linears, walk
 from ..method.tensorization import Slices, describe_layout, tensorize
-from .config import FILLED_IN, FacTConfig
+from .config import FacTConfig
 from .factors import FACTORS, SharedFactors
 from .layer import find_quantization
 
 logger = logging.getLogger(__name__)
 
 
-def fill_in(config: FacTConfig, model: nn.Module) -> dict[str, Any]:
-    """Replace what the user left open by what `model` offers, in place as PEFT does.
+def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, Slices]]:
+    """What a config means for a model; neither is changed.
 
-    A config that was filled in for another model is first taken back to what the user gave, so that one config serves
-    several models.
+    Args:
+        asked: What the user asks for.
+        model: The model to adapt.
 
     Returns:
-        What the user gave for the fields that may be filled in.
+        A copy of the config in which heads, labels, targets and layout are settled, and which slices each targeted
+        layer will own, by its name.
 
     Raises:
-        ValueError: If the labels do not fit the head, or the head is quantised.
+        NoMatchingPeftModuleError: If nothing is targeted.
+        ValueError: If labels or head do not fit, a target is not a linear layer, the rank exceeds a layer's width, the
+            config carries the layout of other layers, or the model has something else in the place of the factors.
     """
-    for name, (given, filled) in vars(config).pop("_filled_in", {}).items():
-        if getattr(config, name) is filled:
-            setattr(config, name, given)
-    before = {name: getattr(config, name) for name in FILLED_IN}
+    config = copy.copy(asked)
     if config.modules_to_save is None:
         classifiers = find_classifiers(model)
         if classifiers:
@@ -55,11 +56,11 @@ def fill_in(config: FacTConfig, model: nn.Module) -> dict[str, Any]:
         config.target_modules = default_targets(config, model)
     _maybe_include_all_linear_layers(config, model)
     targets = config.target_modules
-    if isinstance(targets, set) and targets and targets is not before["target_modules"]:
+    if isinstance(targets, set) and targets and targets is not asked.target_modules:
         # As suffixes, so that a deeper model matches more layers than the layout lists, and is noticed.
         others = {name for name, _ in walk(model)} - targets
         config.target_modules = _find_minimal_target_modules(targets, others)
-    return before
+    return config, plan_slices(config, model)
 
 
 def check_trainable(heads: list[str], model: nn.Module) -> None:
@@ -75,14 +76,6 @@ def check_trainable(heads: list[str], model: nn.Module) -> None:
                 f"The classifier {name} is quantised ({backend.backend_name}) and cannot be trained. Leave it out when "
                 f"quantising (modules_to_not_convert or llm_int8_skip_modules=[{name!r}]), or pass modules_to_save=[]."
             )
-
-
-def remember_filled_in(config: FacTConfig, before: dict[str, Any]) -> None:
-    """Note on the config, for the next `fill_in`, what it got from a model. Not part of what is saved."""
-    after = {name: getattr(config, name) for name in before}
-    vars(config)["_filled_in"] = {
-        name: (before[name], after[name]) for name in before if after[name] is not before[name]
-    }
 
 
 def default_targets(config: FacTConfig, model: nn.Module) -> set[str]:
