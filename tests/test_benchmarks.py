@@ -1,13 +1,14 @@
 """The commands that print the numbers of the docs."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import architectures, features
-from benchmarks.markdown import write_generated
+from benchmarks.coverage import architectures, features
+from benchmarks.reporting.markdown import write_generated
 from tests.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
@@ -33,11 +34,20 @@ def test_generated_text_replaces_only_what_is_between_its_markers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "file", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda file: "-".join(file.parts[-2:])
+)
+def test_a_room_imports_itself_and_reporting_only(file):
+    room = file.relative_to(ROOT / "benchmarks").parts[0]
+    imported = re.findall(r"^ *(?:from|import) benchmarks(?:\.(\w+))?", file.read_text(), re.M)
+    assert set(imported) <= {room, "reporting"}
+
+
+@pytest.mark.parametrize(
     "command, expected",
     [
         (["benchmarks.exactness", "--rank", "2"], "| float64 | q, k, v, o | tt |"),
-        (["benchmarks.conversion", "--skip-conversion"], "| FacT-TT | 0 | 1 | 0 |\n| FacT-TK | 0 | 1 | 0 |"),
-        (["benchmarks.parameter_counts"], "| ViT-B/16 | FacT-TT | 4 | 8,448 | 8,448 | 33,792 |"),
+        (["benchmarks.exactness.conversion", "--skip-conversion"], "| FacT-TT | 0 | 1 | 0 |\n| FacT-TK | 0 | 1 | 0 |"),
+        (["benchmarks.bytes.parameter_counts"], "| ViT-B/16 | FacT-TT | 4 | 8,448 | 8,448 | 33,792 |"),
     ],
 )
 def test_commands_print_their_tables(command, expected):

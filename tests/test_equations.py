@@ -12,8 +12,8 @@ from peft import get_peft_model
 from tensorly.tt_tensor import tt_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 
-from benchmarks.exactness import errors, reference_increment
-from benchmarks.parameter_counts import ROWS, adapt, adapter_bytes
+from benchmarks.bytes.parameter_counts import ROWS, adapt, adapter_bytes
+from benchmarks.exactness.equations import errors, reference_increment
 from fact_peft import FacTConfig, FacTLinear
 from fact_peft.method.decomposition import DECOMPOSITIONS, contract, core_matrix, expand, increment, low_rank_pair
 

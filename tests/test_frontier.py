@@ -16,10 +16,10 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.frontier import next_rate
-from benchmarks.frontier_methods import METHODS, REMEDIES, leading, slices_of
-from benchmarks.frontier_report import best_within, chosen, frontier
-from benchmarks.frontier_tasks import CHANNEL_ORDERS, TASKS, Labelled, make_task
+from benchmarks.frontier.methods import METHODS, REMEDIES, leading, slices_of
+from benchmarks.frontier.report import best_within, chosen, frontier
+from benchmarks.frontier.search import next_rate
+from benchmarks.frontier.tasks import CHANNEL_ORDERS, TASKS, Labelled, make_task
 from fact_peft import FacTConfig
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, SwinConfig, SwinForImageClassification, pipeline
 
-from benchmarks.interruption import largest_difference, run, run_and_kill, whole_checkpoints
+from benchmarks.interruption.killing import largest_difference, run, run_and_kill, whole_checkpoints
 from examples import image_classification as script
 from fact_peft import load_image_classifier
 

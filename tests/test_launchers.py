@@ -2,7 +2,7 @@
 
 Each launch runs all settings of `benchmarks.launchers` and then examples/accelerate_loop.py; another one runs
 examples/image_classification.py. The configuration files are as shipped; only the choice of the device is replaced
-(benchmarks/on_cpu.py).
+(benchmarks/launchers/launch_without_gpu.py).
 """
 
 import os
@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from benchmarks.launchers import (
+from benchmarks.launchers.launching import (
     LAUNCHERS,
     ROOT,
     SETTINGS,

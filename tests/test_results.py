@@ -3,8 +3,8 @@
 import json
 import subprocess
 
-from benchmarks import results
-from benchmarks.results import Results
+from benchmarks.reporting import results
+from benchmarks.reporting.results import Results
 
 
 def test_a_setting_is_kept_once_and_found_again_after_a_restart(tmp_path):
@@ -22,22 +22,23 @@ def test_a_setting_is_kept_once_and_found_again_after_a_restart(tmp_path):
 
 
 def test_commit_is_dirty_when_code_differs_and_not_when_results_do(tmp_path, monkeypatch):
-    package = tmp_path / "benchmarks"
-    (package / "results").mkdir(parents=True)
-    for file in ("results.py", "results/speed.json"):
-        (package / file).write_text("1\n")
+    code = tmp_path / "benchmarks" / "reporting" / "results.py"
+    numbers = tmp_path / "benchmarks" / "speed" / "results" / "speed.json"
+    for file in (code, numbers):
+        file.parent.mkdir(parents=True)
+        file.write_text("1\n")
 
     def git(*arguments):
         identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
         return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
 
-    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
+    monkeypatch.setattr(results, "__file__", str(code))
     assert results.git_hash() is None
     git("init")
     git("add", ".")
     git("commit", "-m", "m")
     commit = git("rev-parse", "HEAD").stdout[:12]
-    (package / "results" / "speed.json").write_text("2\n")
+    numbers.write_text("2\n")
     assert results.git_hash() == commit
-    (package / "results.py").write_text("2\n")
+    code.write_text("2\n")
     assert results.git_hash() == f"{commit}-dirty"

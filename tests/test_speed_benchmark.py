@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import adapter_bytes, speed
+from benchmarks.bytes import adapter_files
+from benchmarks.speed import steps
+from benchmarks.speed.report import expected_ratio
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +40,7 @@ def test_speed_measures_what_is_missing_and_nothing_else(tmp_path):
     assert file.read_text() == before
 
 
-@pytest.mark.parametrize("module", ["benchmarks.speed", "benchmarks.adapter_bytes"])
+@pytest.mark.parametrize("module", ["benchmarks.speed", "benchmarks.bytes"])
 def test_quick_results_do_not_mix_with_real_ones(module):
     result = run(module, "--quick")
     assert result.returncode != 0 and "--quick needs --results" in result.stderr
@@ -46,23 +48,23 @@ def test_quick_results_do_not_mix_with_real_ones(module):
 
 def test_expected_ratio_is_what_torch_counts():
     # Of LoRA, since torch counts no in-place product, and FacT's are as many.
-    shape = speed.Shape(width=128, depth=2, rank=8, image=32, batch=2)
+    shape = steps.Shape(width=128, depth=2, rank=8, image=32, batch=2)
     counts = {}
-    for method in (speed.FLOOR, "LoRA"):
-        step = speed.work(speed.build(method, shape), shape, training=True)
+    for method in (steps.FLOOR, "LoRA"):
+        step = steps.work(steps.build(method, shape), shape, training=True)
         with FlopCounterMode(display=False) as counter:
             step()
         counts[method] = counter.get_total_flops()
     # Patches, head and the first q, k and v, whose input needs no gradient, are not in the formula: 5 % of this model.
-    assert counts["LoRA"] / counts[speed.FLOOR] == pytest.approx(speed.expected_ratio(shape), rel=0.05)
+    assert counts["LoRA"] / counts[steps.FLOOR] == pytest.approx(expected_ratio(shape), rel=0.05)
 
 
 def test_bytes_on_disk_are_numbers_header_and_config(tmp_path):
     file = tmp_path / "bytes.json"
-    result = run("benchmarks.adapter_bytes", "--quick", "--results", file)
+    result = run("benchmarks.bytes", "--quick", "--results", file)
     assert result.returncode == 0, result.stderr
     found = {record["setting"]["method"]: record["measured"] for record in json.loads(file.read_text())}
-    assert found.keys() == adapter_bytes.METHODS.keys()
+    assert found.keys() == adapter_files.METHODS.keys()
     # U and V of 32 x 4 and a core of 24 x 4 x 4; LoRA's A and B in 2 blocks of 4 square and 2 longer layers.
     assert found["FacT-TT"]["numbers"] == 4 * (2 * 32 * 4 + 24 * 4 * 4)
     assert found["LoRA"]["numbers"] == 4 * 2 * 4 * (4 * 64 + 2 * 160)

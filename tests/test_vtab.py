@@ -20,10 +20,10 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torchvision.transforms import v2
 from transformers import SwinConfig, SwinForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
-from benchmarks import few_shot, jobs, training, vtab
-from benchmarks.image_lists import NORMALIZATIONS, ImageList, from_hub, normalize, read_list
-from benchmarks.layouts import few_shot_annotations, few_shot_images
-from benchmarks.published import (
+from benchmarks.paper import few_shot, processes, training, vtab
+from benchmarks.paper.folders import few_shot_annotations, few_shot_images
+from benchmarks.paper.image_lists import NORMALIZATIONS, ImageList, from_hub, normalize, read_list
+from benchmarks.paper.published import (
     FLAT_MEAN,
     GROUP_MEAN,
     GROUPS,
@@ -34,8 +34,8 @@ from benchmarks.published import (
     vit_accuracies,
     with_means,
 )
-from benchmarks.synthetic_vtab import IMAGE_SIZE, write_synthetic
-from benchmarks.training import Job, learning_rate, run
+from benchmarks.paper.synthetic import IMAGE_SIZE, write_synthetic
+from benchmarks.paper.training import Job, learning_rate, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +86,7 @@ def command(monkeypatch):
             ran.append(job)
             return run(job)
 
-        monkeypatch.setattr(jobs, "in_own_process", here)
+        monkeypatch.setattr(processes, "in_own_process", here)
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         module.main()
         return ran
@@ -349,7 +349,7 @@ def records(output):
 def test_a_killed_benchmark_leaves_nothing_running_and_resumes(synthetic, tmp_path, command, capsys):
     arguments = (*small(synthetic, "vtab", tmp_path), "--tasks", "kitti", "svhn", "--decompositions", "tk")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    command_line = [sys.executable, "-m", "benchmarks.vtab", *map(str, arguments)]
+    command_line = [sys.executable, "-m", "benchmarks.paper.vtab", *map(str, arguments)]
     with subprocess.Popen(command_line, cwd=ROOT, env=environment) as process:
         while not (tmp_path / "results.json").exists() and process.poll() is None:
             time.sleep(0.02)
@@ -416,15 +416,15 @@ def test_wrong_lists_are_found_before_anything_runs(synthetic, tmp_path, command
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_job_that_raises_or_dies_is_reported(make_job, monkeypatch):
     # Forked here, so that the children see the replaced `run`.
-    monkeypatch.setattr(jobs, "PROCESSES", jobs.multiprocessing.get_context("fork"))
-    monkeypatch.setattr(jobs, "run", lambda job: {"device": os.environ["CUDA_VISIBLE_DEVICES"]})
-    assert jobs.in_own_process(make_job(), "3") == {"device": "3"}
-    monkeypatch.setattr(jobs, "run", lambda job: 1 / 0)
+    monkeypatch.setattr(processes, "PROCESSES", processes.multiprocessing.get_context("fork"))
+    monkeypatch.setattr(processes, "run", lambda job: {"device": os.environ["CUDA_VISIBLE_DEVICES"]})
+    assert processes.in_own_process(make_job(), "3") == {"device": "3"}
+    monkeypatch.setattr(processes, "run", lambda job: 1 / 0)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        jobs.in_own_process(make_job(), "")
-    monkeypatch.setattr(jobs, "run", lambda job: os.kill(os.getpid(), signal.SIGKILL))
+        processes.in_own_process(make_job(), "")
+    monkeypatch.setattr(processes, "run", lambda job: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError, match="exit code -9 and without a result"):
-        jobs.in_own_process(make_job(), "")
+        processes.in_own_process(make_job(), "")
 
 
 def test_a_failing_job_does_not_stop_the_others(make_job, monkeypatch, tmp_path):
@@ -433,10 +433,10 @@ def test_a_failing_job_does_not_stop_the_others(make_job, monkeypatch, tmp_path)
             raise RuntimeError("out of memory")
         return {"last_epoch": 1.0}
 
-    monkeypatch.setattr(jobs, "in_own_process", fail_on_the_first_seed)
-    results = jobs.Results(tmp_path / "results.json")
+    monkeypatch.setattr(processes, "in_own_process", fail_on_the_first_seed)
+    results = processes.Results(tmp_path / "results.json")
     with pytest.raises(RuntimeError, match=r"1 of 3 jobs failed:\nJob\(.*seed=0.*\nout of memory"):
-        jobs.run_missing({seed: make_job(seed=seed) for seed in range(3)}, results, workers=1)
+        processes.run_missing({seed: make_job(seed=seed) for seed in range(3)}, results, workers=1)
     assert sorted(record["setting"]["seed"] for record in records(tmp_path)) == [1, 2]
 
 
@@ -454,9 +454,9 @@ def test_every_gpu_runs_one_job_at_a_time(make_job, monkeypatch, tmp_path):
         busy.remove(device)
         return {}
 
-    monkeypatch.setattr(jobs, "in_own_process", pretend)
-    results = jobs.Results(tmp_path / "results.json")
-    jobs.run_missing({seed: make_job(seed=seed) for seed in range(12)}, results, workers=1)
+    monkeypatch.setattr(processes, "in_own_process", pretend)
+    results = processes.Results(tmp_path / "results.json")
+    processes.run_missing({seed: make_job(seed=seed) for seed in range(12)}, results, workers=1)
     assert set(used) == {"5", "7"} and len(used) == 12
 
 

@@ -1,7 +1,7 @@
 """Trainable parameters and adapter bytes on the shapes of the paper, from configs alone.
 
-    python -m benchmarks.parameter_counts
-    python -m benchmarks.parameter_counts --write README.md
+    python -m benchmarks.bytes.parameter_counts
+    python -m benchmarks.bytes.parameter_counts --write README.md
 
 Builds ViT-B/16 and Swin-B without weights, adapts them without the head, and prints the trainable parameters beside
 the paper's counts. The adapter of each is also written to disk to see what a file costs beyond its numbers.
@@ -16,10 +16,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
-from benchmarks.markdown import write_generated
+from benchmarks.reporting.markdown import write_generated
 from fact_peft import FacTConfig
 
-COMMAND = "python -m benchmarks.parameter_counts"
+COMMAND = "python -m benchmarks.bytes.parameter_counts"
 VIT_B = (ViTForImageClassification, ViTConfig())
 SWIN_B = (
     SwinForImageClassification,

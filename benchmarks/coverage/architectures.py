@@ -1,7 +1,7 @@
 """What FacT adapts in each architecture, from full-size models without weights, as a Markdown table.
 
-    python -m benchmarks.architectures
-    python -m benchmarks.architectures --write README.md
+    python -m benchmarks.coverage.architectures
+    python -m benchmarks.coverage.architectures --write README.md
 
 The models are those the tests train in tiny form (tests/architectures.py), in the default size of their config or of
 timm, on the meta device.
@@ -18,13 +18,13 @@ import torch
 import transformers
 from peft import get_peft_model
 
-from benchmarks.markdown import write_generated
+from benchmarks.reporting.markdown import write_generated
 from fact_peft import FacTConfig, FacTLinear
 from tests.architectures import ARCHITECTURES, Architecture
 
 RANK = 4
 HEADER = ("architecture", "class", "parameters", "linear layers", "stacks (slices of in x out)", f"FacT-TT, r={RANK}")
-COMMAND = "python -m benchmarks.architectures"
+COMMAND = "python -m benchmarks.coverage.architectures"
 
 
 def row(name: str, architecture: Architecture) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What FacT can do beside PEFT's LoRA and its methods with shared parameters, every cell from a run.
 
-    python -m benchmarks.features                            # prints the table
-    python -m benchmarks.features --write docs/features.md   # and puts it between the markers of that file
+    python -m benchmarks.coverage.features                            # prints the table
+    python -m benchmarks.coverage.features --write docs/features.md   # and puts it between the markers of that file
 
 Each feature is a short function that fails, by an exception or an assertion, where a method cannot do it. All run on
 the same tiny random ViT; the methods that need them get the names of its linear layers.
@@ -36,10 +36,10 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import fact_peft
-from benchmarks.markdown import write_generated
+from benchmarks.reporting.markdown import write_generated
 from fact_peft import FacTConfig
 
-COMMAND = "python -m benchmarks.features"
+COMMAND = "python -m benchmarks.coverage.features"
 SHAPE = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 SETTINGS = {"target_modules": LINEARS, "modules_to_save": ["classifier"]}

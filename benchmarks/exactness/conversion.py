@@ -1,6 +1,6 @@
 """A FacT adapter as a LoRA, and under torch.compile: errors, seconds, recompilations, graph breaks.
 
-    python -m benchmarks.conversion
+    python -m benchmarks.exactness.conversion
 
 On a ViT-B/16 with random weights and a random adapter: how far the logits of the converted LoRA are from those of the
 FacT adapter, relative to the largest logit, and how long the conversion takes beside an SVD of every increment, which

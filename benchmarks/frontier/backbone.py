@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
 
-from benchmarks.frontier_tasks import SIDE, Labelled
+from benchmarks.frontier.tasks import SIDE, Labelled
 
 BATCH_SIZE = 100
 LEARNING_RATE = 1e-3

@@ -19,8 +19,8 @@ from peft import (
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
-from benchmarks.frontier_backbone import normalise
-from benchmarks.frontier_tasks import Labelled
+from benchmarks.frontier.backbone import normalise
+from benchmarks.frontier.tasks import Labelled
 from fact_peft import FacTConfig
 from fact_peft.architecture.blocks import find_block_linears
 from fact_peft.method.tensorization import tensorize

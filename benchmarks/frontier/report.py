@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from benchmarks.frontier_methods import METHODS, REMEDIES
-from benchmarks.results import Results
+from benchmarks.frontier.methods import METHODS, REMEDIES
+from benchmarks.reporting.markdown import table
+from benchmarks.reporting.results import Results
 
 Point = tuple[float, float]  # trainable parameters, accuracy
 NUM_DEFAULTS = 6  # rows of the table of defaults
@@ -90,10 +91,6 @@ def complete(points: pd.DataFrame) -> pd.DataFrame:
     return by_method[by_method["num_tasks"] == points["task"].nunique()].reset_index()
 
 
-def markdown(header: list[str], rows: Iterable[Iterable[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] + ["--:"] * (len(header) - 1), *rows))
-
-
 def accuracy_table(points: pd.DataFrame) -> str:
     """Test accuracy, mean and standard deviation over seeds, by method and task, smallest method first."""
     tasks, means = sorted(set(points["task"])), complete(points).set_index("method")["mean"]
@@ -106,7 +103,7 @@ def accuracy_table(points: pd.DataFrame) -> str:
         ]
         mean = f"{means[method]:.1f}" if method in means else ""
         rows.append([method, f"{group['parameters'].iloc[0]:,}", *cells, mean])
-    return markdown(["method", "parameters", *tasks, "mean"], rows)
+    return table(["method", "parameters", *tasks, "mean"], rows)
 
 
 def budget_table(points: pd.DataFrame, ours: str) -> str:
@@ -127,7 +124,7 @@ def budget_table(points: pd.DataFrame, ours: str) -> str:
             for group in groups
         ]
         rows.append([f"{budget:,.0f}", *cells])
-    return markdown(["parameters, at most", *tasks, "mean"], rows)
+    return table(["parameters, at most", *tasks, "mean"], rows)
 
 
 def sides(group: pd.DataFrame) -> dict[str, list[Point]]:
@@ -151,7 +148,7 @@ def remedy_table(points: pd.DataFrame) -> str:
         if differences:
             cells = [f"{differences[task]:+.1f}" if task in differences else "" for task in tasks]
             rows.append([remedy, *cells, f"{np.mean(list(differences.values())):+.1f}"])
-    return markdown(["variant", *tasks, "mean"], rows)
+    return table(["variant", *tasks, "mean"], rows)
 
 
 def default_table(runs: pd.DataFrame) -> str:
@@ -178,7 +175,7 @@ def default_table(runs: pd.DataFrame) -> str:
     ]
     winners = [f"{searched.loc[task, 'test_accuracy']:.1f} ({searched.loc[task, 'method']})" for task in tasks]
     rows.insert(0, ["searched per task", *winners, f"{searched['test_accuracy'].mean():.1f}"])
-    return markdown(["setting", *tasks, "mean"], rows)
+    return table(["setting", *tasks, "mean"], rows)
 
 
 def plot(points: pd.DataFrame, file: Path) -> None:

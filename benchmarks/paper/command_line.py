@@ -1,4 +1,4 @@
-"""What `benchmarks.vtab` and `benchmarks.few_shot` share: options, the search on validation images, and tables."""
+"""What `vtab` and `few_shot` share: options, the search on validation images, and tables."""
 
 import argparse
 from collections.abc import Hashable, Mapping
@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from benchmarks.image_lists import NORMALIZATIONS, from_hub
-from benchmarks.jobs import run_missing
-from benchmarks.published import GRIDS, PAPER, SCALES
-from benchmarks.results import Results
-from benchmarks.synthetic_vtab import IMAGE_SIZE, write_synthetic
-from benchmarks.training import Job
+from benchmarks.paper.image_lists import NORMALIZATIONS, from_hub
+from benchmarks.paper.processes import run_missing
+from benchmarks.paper.published import GRIDS, PAPER, SCALES
+from benchmarks.paper.synthetic import IMAGE_SIZE, write_synthetic
+from benchmarks.paper.training import Job
+from benchmarks.reporting.results import Results
 
 Key = TypeVar("Key", bound=Hashable)
 RECIPE = PAPER["recipe"]
@@ -117,12 +117,6 @@ def beside(ours: list[float] | None, published: float | None) -> list[str]:
         "-" if published is None else f"{published:.1f}",
         "-" if published is None or not ours else f"{fmean(ours) - published:+.1f}",
     ]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_tables(output: Path, sections: list[str]) -> None:

@@ -1,7 +1,7 @@
 """What the VTAB-1K and few-shot benchmarks cost on one GPU: an estimate from counted operations, nothing is run.
 
-    python -m benchmarks.vtab_cost
-    python -m benchmarks.vtab_cost --write benchmarks/README.md
+    python -m benchmarks.paper.cost
+    python -m benchmarks.paper.cost --write benchmarks/paper/README.md
 
 Floating-point operations of one image are counted on a ViT-B/16 without numbers, forward and in a training step of
 FacT-TT, rank 16. Images come from the protocol and the sizes of the published lists.
@@ -16,12 +16,11 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.markdown import write_generated
-from benchmarks.protocol import markdown
-from benchmarks.published import GRIDS, PAPER, SCALES, SHOTS
+from benchmarks.paper.published import GRIDS, PAPER, SCALES, SHOTS
+from benchmarks.reporting.markdown import table, write_generated
 from fact_peft import FacTConfig
 
-COMMAND = "python -m benchmarks.vtab_cost"
+COMMAND = "python -m benchmarks.paper.cost"
 EPOCHS, BATCH = PAPER["recipe"]["epochs"], PAPER["recipe"]["batch_size"]
 OPERATIONS_A_SECOND = 100e12  # assumed: a third of the bfloat16 peak of an A100, 312e12
 READ_A_SECOND = 1000  # assumed: images decoded and resized by the four processes of one job
@@ -117,7 +116,7 @@ def text() -> str:
         f"{OPERATIONS_A_SECOND / 1e12:.0f}e12 a second; reading: images read / {READ_A_SECOND:,} a second, as if "
         "nothing overlapped. Both rates are assumptions; starting processes is not counted."
     )
-    return f"{markdown(header, rows)}\n\n{arithmetic}"
+    return f"{table(header, rows)}\n\n{arithmetic}"
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Few-shot classification on five fine-grained sets: FacT with 1 to 16 images per class, beside the paper's figures.
 
-    python -m benchmarks.few_shot --data path/to/few-shot
-    python -m benchmarks.few_shot --data path/to/few-shot --search
-    python -m benchmarks.few_shot --quick
+    python -m benchmarks.paper.few_shot --data path/to/few-shot
+    python -m benchmarks.paper.few_shot --data path/to/few-shot --search
+    python -m benchmarks.paper.few_shot --quick
 
 One run per set, number of shots, decomposition and seed, on the published train list of that seed; tested with the
 weights of the last epoch and with those that were best on val_meta.list. The test images are never selected on. The
@@ -21,14 +21,11 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
-from benchmarks.jobs import run_missing
-from benchmarks.layouts import FEW_SHOT_SETS, few_shot_annotations, few_shot_images, few_shot_train_list
-from benchmarks.protocol import (
+from benchmarks.paper.command_line import (
     RECIPE,
     beside,
     caption,
     error_bars,
-    markdown,
     mean_and_range,
     parse,
     parser_for,
@@ -36,9 +33,12 @@ from benchmarks.protocol import (
     search,
     write_tables,
 )
-from benchmarks.published import SHOTS, few_shot_accuracy
-from benchmarks.results import Results
-from benchmarks.training import Job
+from benchmarks.paper.folders import FEW_SHOT_SETS, few_shot_annotations, few_shot_images, few_shot_train_list
+from benchmarks.paper.processes import run_missing
+from benchmarks.paper.published import SHOTS, few_shot_accuracy
+from benchmarks.paper.training import Job
+from benchmarks.reporting import markdown
+from benchmarks.reporting.results import Results
 
 AVERAGE = "average of the sets"
 Accuracies = dict[tuple[str, int], list[float]]  # per cent by set and shots, one for each seed
@@ -119,7 +119,7 @@ def table(
         ours = [mean_and_range(accuracies[name, shots]) for accuracies in (last, selected)]
         paper = beside(last[name, shots], published.get((name, shots)))
         rows.append([name, str(shots), *setting, normalization, *ours, *paper])
-    return markdown([*header, "last epoch - paper"], rows)
+    return markdown.table([*header, "last epoch - paper"], rows)
 
 
 def plot(last: Accuracies, selected: Accuracies, published: Published, title: str, file: Path) -> None:

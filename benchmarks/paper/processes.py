@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.results import Results
-from benchmarks.training import Job, run
+from benchmarks.paper.training import Job, run
+from benchmarks.reporting.results import Results
 
 Key = TypeVar("Key", bound=Hashable)
 
 # Children are forked from a server that has imported torch and transformers but never touched a GPU.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["benchmarks.training"])
+PROCESSES.set_forkserver_preload(["benchmarks.paper.training"])
 
 
 def devices(workers: int) -> list[str]:

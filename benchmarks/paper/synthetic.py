@@ -1,6 +1,6 @@
 """Small synthetic stand-ins for VTAB-1K, the few-shot sets and a backbone, with real files in the published layouts.
 
-    python -m benchmarks.synthetic_vtab FOLDER
+    python -m benchmarks.paper.synthetic FOLDER
 
 writes FOLDER/vtab, FOLDER/few_shot and FOLDER/backbone. Every task has up to four classes; the class of an image is the
 colour of its noise, so that a few steps learn it. Accuracies on such data mean nothing.
@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.layouts import FEW_SHOT_SETS, few_shot_train_list, vtab_folder
-from benchmarks.published import SHOTS, TASKS
+from benchmarks.paper.folders import FEW_SHOT_SETS, few_shot_train_list, vtab_folder
+from benchmarks.paper.published import SHOTS, TASKS
 
 IMAGE_SIZE = 32
 COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (180, 180, 60))

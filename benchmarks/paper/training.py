@@ -1,4 +1,4 @@
-"""One adaptation of one model to one task: the plain loop behind `benchmarks.vtab` and `benchmarks.few_shot`.
+"""One adaptation of one model to one task: the plain loop behind `vtab` and `few_shot`.
 
 The test images are looked at once training is over and never decide anything.
 """
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig, set_seed
 from transformers.utils import logging
 
-from benchmarks.image_lists import ImageList, in_memory, normalize, read_list
+from benchmarks.paper.image_lists import ImageList, in_memory, normalize, read_list
 from fact_peft import FacTConfig
 
 EVALUATION_BATCH = 256

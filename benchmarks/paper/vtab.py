@@ -1,10 +1,10 @@
 """VTAB-1K: FacT on 19 tasks with 1,000 labelled images each, beside the figures of the paper.
 
-    python -m benchmarks.vtab --data path/to/vtab-1k
-    python -m benchmarks.vtab --data path/to/vtab-1k --decompositions tt --rank 4
-    python -m benchmarks.vtab --data path/to/vtab-1k --model microsoft/swin-base-patch4-window7-224-in22k \\
+    python -m benchmarks.paper.vtab --data path/to/vtab-1k
+    python -m benchmarks.paper.vtab --data path/to/vtab-1k --decompositions tt --rank 4
+    python -m benchmarks.paper.vtab --data path/to/vtab-1k --model microsoft/swin-base-patch4-window7-224-in22k \\
         --decompositions tt --rank 16 --output outputs/vtab-swin
-    python -m benchmarks.vtab --quick
+    python -m benchmarks.paper.vtab --quick
 
 Two runs per task, decomposition and seed: on train800val200, tested with the weights of the last epoch, and on
 train800, tested with the weights that were best on val200. The test images are never selected on. Rank and scale of
@@ -22,14 +22,11 @@ from typing import Any, NamedTuple
 from matplotlib import pyplot as plt
 from transformers import AutoConfig
 
-from benchmarks.jobs import run_missing
-from benchmarks.layouts import vtab_folder
-from benchmarks.protocol import (
+from benchmarks.paper.command_line import (
     RECIPE,
     beside,
     caption,
     error_bars,
-    markdown,
     mean_and_range,
     parse,
     parser_for,
@@ -37,9 +34,12 @@ from benchmarks.protocol import (
     search,
     write_tables,
 )
-from benchmarks.published import FLAT_MEAN, GROUP_MEAN, TASKS, swin_accuracies, vit_accuracies, with_means
-from benchmarks.results import Results
-from benchmarks.training import Job
+from benchmarks.paper.folders import vtab_folder
+from benchmarks.paper.processes import run_missing
+from benchmarks.paper.published import FLAT_MEAN, GROUP_MEAN, TASKS, swin_accuracies, vit_accuracies, with_means
+from benchmarks.paper.training import Job
+from benchmarks.reporting import markdown
+from benchmarks.reporting.results import Results
 
 Accuracies = dict[str, list[float]]  # per cent by task or mean, one for each seed
 
@@ -117,7 +117,7 @@ def table(
             about = [{GROUP_MEAN: "mean of the 3 groups", FLAT_MEAN: "mean of the 19 tasks"}.get(name, "mean"), "", ""]
         ours = [mean_and_range(last[name]), mean_and_range(selected[name])]
         rows.append([name, *about, normalization, *ours, *beside(last[name], published.get(name))])
-    return markdown([*header, "last epoch - paper"], rows)
+    return markdown.table([*header, "last epoch - paper"], rows)
 
 
 def plot(last: Accuracies, selected: Accuracies, published: Mapping[str, float], title: str, file: Path) -> None:

@@ -1,6 +1,13 @@
-"""Puts generated text between the markers of a Markdown file."""
+"""Tables in Markdown, and generated text between the markers of a file."""
 
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
+    """Lines of cells, the first column to the left and the others to the right."""
+    alignment = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, alignment, *rows))
 
 
 def write_generated(file: Path, command: str, text: str) -> None:

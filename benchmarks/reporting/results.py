@@ -31,13 +31,13 @@ def git_hash() -> str | None:
 
     Results do not count as code: a benchmark of several files would else call itself dirty from the second on.
     """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
 
     commit = git("rev-parse", "--short=12", "HEAD").stdout.strip()
-    differs = git("diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results").returncode != 0
+    differs = git("diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/*/results/*").returncode != 0
     return commit + "-dirty" * differs if commit else None
 
 

@@ -1,7 +1,7 @@
 """Runs scripts under `accelerate launch` on CPUs, whatever GPU launcher the configuration file names.
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml \
-        benchmarks/on_cpu.py SCRIPT ARGUMENT ... --then SCRIPT ARGUMENT ...
+        benchmarks/launchers/launch_without_gpu.py SCRIPT ARGUMENT ... --then SCRIPT ARGUMENT ...
 
 For tests. Accelerate starts FSDP and DeepSpeed on GPUs only; without one it falls back, silently, to something else or
 to processes that know nothing of each other. This replaces the one method that decides so (accelerate 1.15). Several
