@@ -4,7 +4,8 @@
     python -m benchmarks.paper.cost --write benchmarks/paper/README.md
 
 Floating-point operations of one image are counted on a ViT-B/16 without numbers, forward and in a training step of
-FacT-TT, rank 16; its products in place, some 1 %, escape torch's counter. Images come from the protocol and the sizes of the published lists.
+FacT-TT, rank 16; its products in place, some 1 %, escape torch's counter. Images come from the protocol and the sizes
+of the published lists.
 """
 
 import argparse
