@@ -39,6 +39,7 @@ def main() -> None:
         GradientState._reset_state()
         sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
         runpy.run_path(command[0], run_name="__main__")
+    torch.distributed.barrier()  # one that leaves while another still saves was seen to abort, once in many runs
     torch.distributed.destroy_process_group()
 
 
