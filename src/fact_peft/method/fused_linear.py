@@ -105,7 +105,9 @@ class FusedLinear(torch.autograd.Function):
         h_0, h = read(rows, U, core, noise)
         y = expand_(h, V.to(x.dtype), onto=nn.functional.linear(rows, weight, bias))
         ctx.save_for_backward(x, weight, U, core, V, noise, h_0, h)
-        return y.view(*x.shape[:-1], -1)
+        # Autograd refuses to write into a view that a function made, as `y += x` does. This one is no view to it, which
+        # is safe, since nothing else looks at that memory.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

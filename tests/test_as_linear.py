@@ -1,0 +1,60 @@
+"""An adapted layer in the hands of code that was written for ``nn.Linear``: what that code may do, it still may.
+
+LoRA passes all of these. The fused layer is compared with the plain path, which a hook on the frozen layer keeps it on.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from fact_peft import FacTConfig
+
+
+def adapted_linear(shape=(8, 8), then=None, **settings):
+    """A linear layer with an adapter, followed by `then`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*shape), then or nn.Identity())
+    return get_peft_model(model, FacTConfig(rank=2, target_modules=["0"], init_weights=False, **settings))
+
+
+def on_plain_path(model):
+    plain = copy.deepcopy(model)
+    plain.get_submodule("base_model.model.0.base_layer").register_forward_hook(lambda *_: None)
+    return plain
+
+
+def output_and_gradients(model, x):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)]
+
+
+class InPlace(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, y):
+        self.change(y)
+        return y
+
+
+IN_PLACE = {
+    "+=": lambda y: y.add_(torch.ones(8)),
+    "relu": nn.ReLU(inplace=True),
+    "a column": lambda y: y[..., 0].zero_(),
+    "rows": lambda y: y.view(-1, 8)[:2].mul_(3.0),
+}
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8)])
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+def test_output_may_be_changed_in_place(change, shape):
+    model = adapted_linear(then=InPlace(change)).train()
+    x = torch.randn(shape)
+    ours, plain = (output_and_gradients(m, x) for m in (model, on_plain_path(model)))
+    torch.testing.assert_close(ours, plain)
