@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from fact_peft import FacTConfig
+from fact_peft.method.decomposition import DECOMPOSITIONS
 
 
 def adapted_linear(shape=(8, 8), then=None, **settings):
@@ -58,3 +59,25 @@ def test_output_may_be_changed_in_place(change, shape):
     x = torch.randn(shape)
     ours, plain = (output_and_gradients(m, x) for m in (model, on_plain_path(model)))
     torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize("widths", [(8, 8), (8, 24), (16, 8)])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 0)])
+def test_empty_input_gives_empty_output_and_zero_gradients(shape, widths, decomposition, dropout):
+    model = adapted_linear(widths, decomposition=decomposition, fact_dropout=dropout).train()
+    for m in (model, on_plain_path(model)):
+        output, dx, *gradients = output_and_gradients(m, torch.randn(*shape, widths[0]))
+        assert output.shape == (*shape, widths[1]) and dx.shape == (*shape, widths[0])
+        assert gradients and not any(map(torch.any, gradients))
+        with torch.no_grad():
+            assert m(torch.randn(*shape, widths[0])).shape == (*shape, widths[1])
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (2, 16), (2, 4), (3,), (2, 3, 5)])
+def test_input_of_another_width_is_refused_by_the_shape_of_the_layer(shape):
+    model = adapted_linear()
+    for call in (model, torch.no_grad()(model)):
+        with pytest.raises(RuntimeError, match=rf"shapes cannot be multiplied \(\d+x{shape[-1]} and 8x8\)"):
+            call(torch.randn(shape))

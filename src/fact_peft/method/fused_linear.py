@@ -102,8 +102,9 @@ class FusedLinear(torch.autograd.Function):
         noise: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        y = nn.functional.linear(rows, weight, bias)  # first, to refuse an x of another width by the weight's shape
         h_0, h = read(rows, U, core, noise)
-        y = expand_(h, V.to(x.dtype), onto=nn.functional.linear(rows, weight, bias))
+        expand_(h, V.to(x.dtype), onto=y)
         ctx.save_for_backward(x, weight, U, core, V, noise, h_0, h)
         # Autograd refuses to write into a view that a function made, as `y += x` does. This one is no view to it, which
         # is safe, since nothing else looks at that memory.
