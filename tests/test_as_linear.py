@@ -4,6 +4,7 @@ LoRA passes all of these. The fused layer is compared with the plain path, which
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -81,3 +82,39 @@ def test_input_of_another_width_is_refused_by_the_shape_of_the_layer(shape):
     for call in (model, torch.no_grad()(model)):
         with pytest.raises(RuntimeError, match=rf"shapes cannot be multiplied \(\d+x{shape[-1]} and 8x8\)"):
             call(torch.randn(shape))
+
+
+GLOBAL_HOOKS = [
+    torch.nn.modules.module.register_module_forward_pre_hook,
+    torch.nn.modules.module.register_module_forward_hook,
+    torch.nn.modules.module.register_module_full_backward_pre_hook,
+    torch.nn.modules.module.register_module_full_backward_hook,
+]
+
+
+@pytest.mark.parametrize("register", GLOBAL_HOOKS)
+def test_hooks_for_all_modules_see_the_frozen_layer(register):
+    model = adapted_linear()
+    frozen, seen = model.get_submodule("base_model.model.0.base_layer"), []
+    hook = register(lambda module, *_: seen.append(module))
+    try:
+        model(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    finally:
+        hook.remove()
+    assert any(module is frozen for module in seen)
+
+
+@pytest.mark.parametrize("cls, method", [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Module, "__call__")])
+def test_a_patched_class_sees_the_frozen_layer(cls, method, monkeypatch):
+    model = adapted_linear()
+    frozen, seen = model.get_submodule("base_model.model.0.base_layer"), []
+    original = getattr(cls, method)
+
+    @functools.wraps(original)
+    def patched(self, *args):
+        seen.append(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(cls, method, patched)
+    model(torch.randn(2, 8))
+    assert any(module is frozen for module in seen)
