@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import linear as linear_module
+from torch.nn.modules import module as module_module
 
 from .decomposition import blockwise, expand_, low_rank_pair
 
@@ -29,12 +31,14 @@ from .decomposition import blockwise, expand_, low_rank_pair
 def is_fusable(base_layer: nn.Module) -> bool:
     """Whether `base_layer` can be computed from its weight and bias without calling it.
 
-    Not if somebody else has a part in the call: hooks, with which ZeRO-3 and CPU offloading bring the weight, or a
-    subclass, as quantisation and FSDP make. Not if the weight is trained, sharded, or no plain tensor. And not while
-    the call is compiled, traced or transformed: the compiler fuses better by itself, and forward-mode differentiation
-    and `torch.func` want plain operations.
+    Not if somebody else has a part in the call: hooks, with which ZeRO-3 and CPU offloading bring the weight, a
+    subclass, as quantisation and FSDP make, or whoever has a part in every call, see `calls_are_watched`. Not if the
+    weight is trained, sharded, or no plain tensor. And not while the call is compiled, traced or transformed: the
+    compiler fuses better by itself, and forward-mode differentiation and `torch.func` want plain operations.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(base_layer) is not nn.Linear:
+        return False
+    if calls_are_watched():
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False
@@ -49,6 +53,15 @@ def is_fusable(base_layer: nn.Module) -> bool:
     shape = (base_layer.out_features, base_layer.in_features)
     trained = weight.requires_grad and torch.is_grad_enabled()
     return called_plainly and not trained and weight.shape == shape and type(weight.data) is Tensor
+
+
+def calls_are_watched() -> bool:
+    """Whether somebody has a part in every call of an ``nn.Linear``: by hooks for all modules or a patched method."""
+    if module_module._has_any_global_hook():
+        return True
+    # A patch is told by where it was written, also one older than this module or made with `functools.wraps`.
+    home = {"forward": vars(linear_module), "__call__": vars(module_module), "_call_impl": vars(module_module)}
+    return any(getattr(getattr(nn.Linear, name), "__globals__", None) is not home[name] for name in home)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -102,10 +115,13 @@ class FusedLinear(torch.autograd.Function):
         noise: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        y = nn.functional.linear(rows, weight, bias)  # first, to refuse an x of another width by the weight's shape
         h_0, h = read(rows, U, core, noise)
-        y = expand_(h, V.to(x.dtype), onto=nn.functional.linear(rows, weight, bias))
+        expand_(h, V.to(x.dtype), onto=y)
         ctx.save_for_backward(x, weight, U, core, V, noise, h_0, h)
-        return y.view(*x.shape[:-1], -1)
+        # Autograd refuses to write into a view that a function made, as `y += x` does. This one is no view to it, which
+        # is safe, since nothing else looks at that memory.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
