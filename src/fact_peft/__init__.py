@@ -1,5 +1,6 @@
 """FacT, Factor-Tuning (Jie & Deng, AAAI 2023), as a PEFT method. Importing this package registers it with PEFT."""
 
+from .converters.conversion import convert_checkpoint, convert_from
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
@@ -13,6 +14,8 @@ __all__ = [
     "FacTConfig",
     "FacTLinear",
     "FacTModel",
+    "convert_checkpoint",
+    "convert_from",
     "convert_to_lora",
     "hotswap_adapter",
     "load_image_classifier",

@@ -7,13 +7,11 @@ can be served where only LoRA is known. It costs more parameters, since a LoRA s
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..storage.adapter_file import write_adapter
 from ..tuner.config import fact_config
 from ..tuner.layer import FacTLinear
 
@@ -69,7 +67,4 @@ def save_as_lora(path: str | os.PathLike[str], model: nn.Module, adapter_name: s
         ValueError: If the model has no such FacT adapter.
     """
     lora_config, state_dict = convert_to_lora(model, adapter_name)
-    Path(path).mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().contiguous() for name, value in state_dict.items()}
-    save_file(tensors, Path(path, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-    lora_config.save_pretrained(str(path))
+    write_adapter(path, lora_config, state_dict)

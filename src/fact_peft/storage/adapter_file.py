@@ -1,10 +1,23 @@
-"""Is the adapter file in a folder whole? Checked before anything is done with it."""
+"""The folder of an adapter: is its file whole, checked before anything is done with it; and how one is written."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, state_dict: Mapping[str, Tensor]) -> None:
+    """Save an adapter of any method as ``PeftModel.from_pretrained`` loads it, without a model at hand."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().contiguous() for name, value in state_dict.items()}
+    save_file(tensors, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def check_adapter_folder(folder: Path) -> None:
