@@ -6,17 +6,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from upstream import skip_where_lora_is_refused
 
 from benchmarks.coverage import architectures, features
 from benchmarks.reporting.markdown import write_generated
 from tests.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
+VERBS_OF_TRANSFORMERS = {
+    features.transformers_add_and_load: ("add_adapter", "save_pretrained", "load_adapter, with a head"),
+    features.auto_model_from_adapter: ("from_pretrained, with a head",),
+}
 
 
 @pytest.mark.parametrize("feature", features.FEATURES.values(), ids=features.FEATURES)
 @pytest.mark.filterwarnings("ignore")  # torchao and transformers about their own deprecations
 def test_fact_has_every_feature_of_the_table(feature):
+    skip_where_lora_is_refused(*VERBS_OF_TRANSFORMERS.get(feature, ()))
     feature("FacT")
 
 

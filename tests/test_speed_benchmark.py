@@ -20,6 +20,7 @@ def run(module, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_speed_measures_what_is_missing_and_nothing_else(tmp_path):
     file = tmp_path / "speed.json"
     arguments = ("--quick", "--results", file, "--tables", "step", "inference", "memory", "scaling")
