@@ -63,6 +63,7 @@ def test_expected_ratio_is_what_torch_counts():
     assert counts["LoRA"] / counts[steps.FLOOR] == pytest.approx(expected_ratio(shape), rel=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A:UserWarning")
 def test_bytes_on_disk_are_numbers_header_and_config(tmp_path, run_module):
     file = tmp_path / "bytes.json"
     run_module("benchmarks.bytes", "--quick", "--results", file)
