@@ -1,4 +1,33 @@
-import torch
+"""Settings of every test process and of the processes that tests start."""
+
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
 
 # Two threads on tiny models collapse as soon as anything else runs on the machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
 torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    """What the tests run with, as docs/versions.md lists it."""
+    names = "torch transformers peft accelerate datasets safetensors huggingface_hub timm numpy".split()
+    return "versions: " + ", ".join(f"{name} {version(name)}" for name in names)
+
+
+@pytest.fixture
+def run_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run ``python -m MODULE ARGUMENT ...`` without the seconds that a new process imports; returns what it prints."""
+
+    def run(module: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return capsys.readouterr().out
+
+    return run

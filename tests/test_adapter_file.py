@@ -14,6 +14,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from fact_peft import FacTConfig
 from fact_peft.method.decomposition import DECOMPOSITIONS
 
+pytestmark = pytest.mark.compatibility
+
 EVERYWHERE = [(decomposition, backbone) for decomposition in DECOMPOSITIONS for backbone in BACKBONES]
 
 

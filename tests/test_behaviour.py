@@ -15,6 +15,8 @@ from torch import nn
 from fact_peft import FacTConfig, FacTLinear
 from fact_peft.method.decomposition import DECOMPOSITIONS
 
+pytestmark = pytest.mark.compatibility
+
 # Merging rounds W + dW to the dtype of W, once per weight; the layers above pass the difference on.
 MERGE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 CASES = [

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
+from upstream import VERBS, skip_where_lora_is_refused
 
 from fact_peft import FacTConfig, convert_to_lora, hotswap_adapter, save_as_lora
 from fact_peft.method.decomposition import DECOMPOSITIONS
@@ -296,7 +297,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(decomposition, backbone
     model.get_base_model().get_submodule(
         {"vit": "vit.embeddings", "deit": "deit.embeddings", "swin": "swin.embeddings.patch_embeddings"}[backbone]
     ).register_forward_hook(lambda module, inputs, output: require_grad(output))
-    torch.testing.assert_close(gradients(model), expected)
+    # A kernel may add in another order the second time: float32 rounding of the largest gradient.
+    largest = max(value.abs().max() for value in expected.values())
+    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=1e-6 * largest)
 
 
 def require_grad(output):
@@ -321,9 +324,11 @@ def test_injection_without_a_peft_model(decomposition, backbone):
     assert get_peft_model_state_dict(model).keys() == state.keys()
 
 
+@pytest.mark.compatibility
 @pytest.mark.parametrize("modules_to_save", [None, []])
 @pytest.mark.parametrize("decomposition, backbone", [(d, b) for d, b in EVERYWHERE if b != "timm"])
 def test_transformers_own_adapter_methods(decomposition, backbone, modules_to_save, tmp_path):
+    skip_where_lora_is_refused(*(verb for verb in VERBS if modules_to_save is None or "head" not in verb))
     torch.manual_seed(1)
     model = make_backbone(backbone)
     model.save_pretrained(tmp_path / "backbone")

@@ -13,6 +13,7 @@ import pytest
 from hub_server import Hub, serve
 from huggingface_hub import ModelCard
 from PIL import Image
+from upstream import skip_where_lora_is_refused
 
 Run = Callable[..., str]
 
@@ -141,10 +142,16 @@ def test_plain_peft_and_transformers_read_the_same_files(pushed: str, run: Run) 
     run(f"""
         from transformers import AutoImageProcessor
         assert scores(PeftModel.from_pretrained(base(), "me/pushed").eval()).tolist() == {pushed}
+        assert AutoImageProcessor.from_pretrained("me/pushed").to_dict() == processor.to_dict()
+    """)
+
+
+def test_transformers_own_load_adapter_reads_them_too(pushed: str, run: Run) -> None:
+    skip_where_lora_is_refused("load_adapter, with a head")
+    run(f"""
         model = base()
         model.load_adapter("me/pushed")
         assert scores(model.eval()).tolist() == {pushed}
-        assert AutoImageProcessor.from_pretrained("me/pushed").to_dict() == processor.to_dict()
     """)
 
 

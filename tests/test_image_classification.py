@@ -65,6 +65,7 @@ def test_without_arguments_for_data_it_leaves_a_ready_classifier(tmp_path, monke
     assert f"test accuracy {100 * right:.1f} %" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     options = ["--num_train_epochs", "3", "--decomposition", "tk"]
     run(tmp_path / "peaceful", options)

@@ -43,6 +43,8 @@ TRAINER = str(ROOT / "examples" / "image_classification.py")
 ADAPTER = "adapter_model.safetensors"
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2}
 
+# DDP stands for the others where minutes count.
+EACH = [name if name == "ddp" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS]
 settings = pytest.mark.parametrize("setting", SETTINGS, ids=[name_of(*setting) for setting in SETTINGS])
 
 
@@ -58,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=LAUNCHERS)
+@pytest.fixture(scope="module", params=EACH)
 def launcher(request: pytest.FixtureRequest, folder: Path) -> str:
     """Name of a launcher after everything ran under it; results in ``folder/<launcher>``."""
     results = folder / request.param
@@ -97,6 +99,7 @@ def trainer_options(folder: Path) -> list[str]:
     return options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher_name", LAUNCHERS)
 def test_the_trainer_script_ends_as_in_one_process_also_when_it_goes_on(launcher_name, folder, trainer_options):
     results = folder / launcher_name / "trainer"

@@ -16,6 +16,8 @@ from peft.utils.peft_types import PeftType
 import fact_peft
 from fact_peft import FacTConfig, FacTModel
 
+pytestmark = pytest.mark.compatibility
+
 
 def test_member_is_a_real_one():
     fact = PeftType.FACT

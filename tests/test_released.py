@@ -8,6 +8,8 @@ from peft import PeftModel
 from released.freeze import ADAPTERS, HERE, LABELS, backbone, scores
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.compatibility
+
 FROZEN = sorted(path.parent for path in HERE.glob("*/*/adapter_config.json"))
 
 

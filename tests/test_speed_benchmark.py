@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import logging
 
 from benchmarks.bytes import adapter_files
 from benchmarks.speed import steps
@@ -20,6 +21,7 @@ def run(module, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_speed_measures_what_is_missing_and_nothing_else(tmp_path):
     file = tmp_path / "speed.json"
     arguments = ("--quick", "--results", file, "--tables", "step", "inference", "memory", "scaling")
@@ -41,9 +43,11 @@ def test_speed_measures_what_is_missing_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["benchmarks.speed", "benchmarks.bytes"])
-def test_quick_results_do_not_mix_with_real_ones(module):
-    result = run(module, "--quick")
-    assert result.returncode != 0 and "--quick needs --results" in result.stderr
+def test_quick_results_do_not_mix_with_real_ones(module, run_module, capsys, monkeypatch):
+    monkeypatch.setattr(logging, "set_verbosity_error", lambda: None)  # for a process of its own
+    with pytest.raises(SystemExit, match="2"):
+        run_module(module, "--quick")
+    assert "--quick needs --results" in capsys.readouterr().err
 
 
 def test_expected_ratio_is_what_torch_counts():
@@ -59,10 +63,10 @@ def test_expected_ratio_is_what_torch_counts():
     assert counts["LoRA"] / counts[steps.FLOOR] == pytest.approx(expected_ratio(shape), rel=0.05)
 
 
-def test_bytes_on_disk_are_numbers_header_and_config(tmp_path):
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A:UserWarning")
+def test_bytes_on_disk_are_numbers_header_and_config(tmp_path, run_module):
     file = tmp_path / "bytes.json"
-    result = run("benchmarks.bytes", "--quick", "--results", file)
-    assert result.returncode == 0, result.stderr
+    run_module("benchmarks.bytes", "--quick", "--results", file)
     found = {record["setting"]["method"]: record["measured"] for record in json.loads(file.read_text())}
     assert found.keys() == adapter_files.METHODS.keys()
     # U and V of 32 x 4 and a core of 24 x 4 x 4; LoRA's A and B in 2 blocks of 4 square and 2 longer layers.

@@ -11,6 +11,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from fact_peft import FacTConfig
 from fact_peft.method.decomposition import DECOMPOSITIONS
 
+pytestmark = pytest.mark.compatibility
+
 
 class RandomImages(Dataset):
     def __len__(self) -> int:
