@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
-from torch import nn
+from torch import finfo, float32, nn
 
 from ..method.decomposition import DECOMPOSITIONS
 from ..storage.adapter_file import check_adapter_folder
@@ -29,8 +30,8 @@ class FacTConfig(PeftConfig):
         rank: Rank r of the factors, at least 1 and at most the width of the narrowest targeted layer.
         decomposition: ``"tt"``, tensor-train (eq. 8): one r x r core per slice. ``"tk"``, Tucker (eq. 10): the cores
             are mixtures of r shared ones, which takes fewer parameters at equal rank.
-        scale: Factor s in front of the increment, finite and not zero. Acts like a learning rate on the factors; the
-            paper searches 0.01, 0.1, 1, 10 and 100 per task.
+        scale: Factor s in front of the increment, not zero, and neither too large nor too small for a float32. Acts
+            like a learning rate on the factors; the paper searches 0.01, 0.1, 1, 10 and 100 per task.
         fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
         target_modules: Linear layers to adapt, as in every PEFT method: name suffixes, one regex that matches whole
             names, or ``"all-linear"``. None: all linear layers inside the repeated transformer blocks, found by
@@ -112,8 +113,16 @@ class FacTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType("FACT")
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (list, tuple)):
+            self._check_names(name, "one regex")
+            if isinstance(getattr(self, name), str):
+                self._check_regexes(name)
+            elif isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        self._check_names("modules_to_save")
+        self._check_regexes("modules_to_save")
+        for name in ("base_model_name_or_path", "revision"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a string; pass a name, or None.")
         self._check_rank()
         self._check_choice("decomposition", tuple(DECOMPOSITIONS))
         self._check_choice("bias", ("none", "all", "fact_only"))
@@ -121,6 +130,12 @@ class FacTConfig(PeftConfig):
         if self.scale == 0:
             raise ValueError(
                 "scale=0 switches the adapter off for good; use a scale in [0.01, 100], 1.0 is a safe start."
+            )
+        limits = finfo(float32)
+        if not limits.tiny <= abs(self.scale) <= limits.max:
+            raise ValueError(
+                f"scale={self.scale!r} does not fit a float32, which ranges from {limits.tiny:.1e} to "
+                f"{limits.max:.1e}; use a scale in [0.01, 100], 1.0 is a safe start."
             )
         self._check_number("fact_dropout")
         if not 0 <= self.fact_dropout < 1:
@@ -157,10 +172,47 @@ class FacTConfig(PeftConfig):
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{name}={value!r} is not a number; pass a float.")
-        if not math.isfinite(value):
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:
+            raise ValueError(f"{name} is an integer too large for a float; pass an ordinary float.") from None
+        if not finite:
             raise ValueError(f"{name}={value!r} is not finite; pass an ordinary float.")
 
+    def _check_names(self, name: str, alternative: str = "") -> None:
+        """Check a field that is a list of names of modules, or in place of the list an `alternative`, one string."""
+        value = getattr(self, name)
+        if value is None or (alternative and isinstance(value, str) and value):
+            return
+        if not isinstance(value, (list, tuple, set)) or not all(isinstance(part, str) and part for part in value):
+            raise ValueError(
+                f"{name}={value!r} is not a list of names{' or ' if alternative else ''}{alternative}, none of them "
+                f"empty; pass a list such as {name}=['{value if isinstance(value, str) and value else 'name'}'], or "
+                "None."
+            )
+
+    def _check_regexes(self, name: str) -> None:
+        """Check what PEFT matches as a regex: one string, and all names of some fields."""
+        value = getattr(self, name)
+        for pattern in [value] if isinstance(value, str) else value or []:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"{name}={value!r} is no regex, as which PEFT reads it: {error}; put a backslash before characters "
+                    "that are meant literally."
+                ) from error
+
     def _check_layer_selection(self) -> None:
+        self._check_names("layers_pattern", "one name")
+        self._check_regexes("layers_pattern")
+        indices = self.layers_to_transform
+        for index in indices if isinstance(indices, (list, tuple)) else [indices]:
+            if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+                raise ValueError(
+                    f"layers_to_transform={indices!r} is neither an integer nor a list of them; pass the indices of "
+                    "the blocks to adapt, such as [0, 1]."
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, the block indices to adapt; "
