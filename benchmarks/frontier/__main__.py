@@ -1,107 +1,105 @@
-"""Accuracy against trainable parameters on real images, FacT beside other methods, each tuned with the same budget.
+"""Accuracy against trainable parameters, FacT beside other methods, each tuned with the same budget.
 
-    python -m benchmarks.frontier --data FOLDER                            # measures what is missing
-    python -m benchmarks.frontier --write benchmarks/frontier/README.md    # table and plot from what was measured
-    python -m benchmarks.frontier --data FOLDER --backbone VIT --output OUT --write PAGE    # on another backbone
+    python -m benchmarks.frontier --backbone facebook/dinov2-small --data FOLDER    # measures what is missing
+    python -m benchmarks.frontier --output RESULTS --write PAGE                     # tables and plot of what there is
+    python -m benchmarks.frontier ... --image_size 70 --precision bfloat16          # on a CPU
+    python -m benchmarks.frontier ... --choose_on dtd10 rsscn7 yaleb-azimuth        # no search on the other tasks
+    python -m benchmarks.frontier.toy --data FOLDER                                 # a small ViT on made tasks
 
-FOLDER holds cifar10-train.parquet, cifar10-test.parquet, mnist-train.parquet and mnist-test.parquet with the columns
-image ({"bytes": ...}) and label. Without --backbone a small ViT is pretrained on CIFAR-10 first and kept in
-outputs/frontier.
+A backbone is any model of the Hub, or folder, that AutoModelForImageClassification takes. FOLDER holds tasks, each as
+NAME-train.parquet, NAME-val.parquet and NAME-test.parquet with the columns image ({"bytes": ...}) and label; what kind
+a task is (natural, specialised, structured) is known of some, or said in FOLDER/kinds.json, {name: kind}.
 
-Every method gets a few trials of its learning rate with the first seed; the one with the best validation accuracy is
-run with the other seeds. Results go to one file per task, so that tasks can be measured by several processes at once;
-those of another backbone need another --output. PAGE gets the tables between the lines "<!-- begin: COMMAND -->" and
-"<!-- end: COMMAND -->", where COMMAND has the --output if it is not the default.
+Every method gets the same number of trials of its learning rate with the first seed, and what is best on the
+validation images is run with the other seeds; the test images choose nothing. Without --choose_on every task is
+searched. With it, the tasks named there are searched together and the others run at what came out.
+
+Each run is a record in RESULTS/TASK.json; a run that is there is not repeated, so that a command that was interrupted
+goes on, and processes can share RESULTS if each has tasks of its own. PAGE gets the tables between the lines
+"<!-- begin: python -m benchmarks.frontier --output RESULTS -->" and "<!-- end: ... -->".
 """
 
 import argparse
-import hashlib
-import time
+from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import ViTForImageClassification
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from benchmarks.frontier.backbone import normalise, pretrain
-from benchmarks.frontier.methods import METHODS, REMEDIES
-from benchmarks.frontier.report import plot, read, report, summary
-from benchmarks.frontier.search import QUICK, Protocol, accuracy, measure
-from benchmarks.frontier.tasks import TASKS, make_task, read_images
+from benchmarks.frontier.backbones import load, local_name
+from benchmarks.frontier.methods import METHODS
+from benchmarks.frontier.plot import plot
+from benchmarks.frontier.report import chosen, fixed, panels, read, report
+from benchmarks.frontier.search import Measurements, Protocol
+from benchmarks.frontier.tasks import KINDS, kinds, read_task, task_names
 from benchmarks.reporting.markdown import write_generated
-from benchmarks.reporting.results import Results
 
-COMMAND = "python -m benchmarks.frontier"
-RESULTS = Path(__file__).parent / "results" / "toy"
-BACKBONE = Path("outputs") / "frontier" / "backbone"
+CACHE = Path("outputs") / "frontier" / "images"
 
 
-def prepare_backbone(folder: Path, data: Path, quick: bool) -> ViTForImageClassification:
-    """The backbone in that folder; pretrained on CIFAR-10 and kept there if it is not yet."""
-    if not (folder / "config.json").exists():
-        start = time.perf_counter()
-        shape = {"epochs": 1, "width": 32, "depth": 1} if quick else {"epochs": 8, "width": 64, "depth": 4}
-        model = pretrain(read_images(data / "cifar10-train.parquet", "RGB"), patch_size=8, **shape)
-        model.save_pretrained(folder)
-        print(f"Pretrained in {time.perf_counter() - start:.0f} s and kept in {folder}.", flush=True)
-    return ViTForImageClassification.from_pretrained(folder, dtype=torch.float32)
-
-
-def measure_all(args: argparse.Namespace) -> None:
-    """Measure what is missing of the tasks and methods of the command line."""
-    protocol = QUICK if args.quick else Protocol()
-    backbone = prepare_backbone(args.backbone, args.data, args.quick)
-    photos = read_images(args.data / "cifar10-test.parquet", "RGB")  # which the backbone has not seen
-    digits, test_digits = (read_images(args.data / f"mnist-{split}.parquet", "L") for split in ("train", "test"))
-    fingerprint = hashlib.sha256((args.backbone / "model.safetensors").read_bytes()).hexdigest()[:12]
-    backbones = Results(args.output / "backbones" / "cifar10.json")
-    if backbones.find(backbone=fingerprint) is None:
-        shape = {field: getattr(backbone.config, field) for field in ("hidden_size", "num_hidden_layers", "patch_size")}
-        pretrained = accuracy(backbone, normalise(photos.images), photos.labels)
-        backbones.add({"backbone": fingerprint}, {"test_accuracy": pretrained, **shape})
-    for name in args.tasks:
-        task = make_task(name, photos, digits, test_digits, protocol.sizes)
-        # Plain methods and variants in files of their own, so that two processes can measure them at once.
-        for file, group in ((f"{name}.json", METHODS), (f"{name}-remedies.json", REMEDIES)):
-            methods = [method for method in args.methods if method in group]
-            if methods:
-                measure(backbone, task, methods, Results(args.output / file), protocol, fingerprint)
+def measure(args: argparse.Namespace) -> None:
+    """Run what is missing of the tasks and methods of the command line."""
+    protocol = Protocol(args.epochs, args.batch_size, args.trials, args.num_seeds)
+    tasks = args.tasks or task_names(args.data)
+    num_searched = len(args.choose_on or tasks) * protocol.trials
+    num_others = len(set(tasks) - set(args.choose_on)) * (protocol.num_seeds - (not args.choose_on))
+    with tqdm(total=len(args.methods) * (num_searched + num_others), desc="runs", smoothing=0.1) as progress:
+        measurements = Measurements(
+            backbone=load(args.backbone, args.precision),
+            protocol=protocol,
+            load=cache(lambda task: read_task(args.data, task, args.image_size, CACHE)),
+            image_size=args.image_size,
+            file=lambda task, method: args.output / f"{task}.json",
+            progress=progress,
+        )
+        for name in args.methods:
+            if args.choose_on:
+                measurements.fixed(args.choose_on, tasks, name, METHODS[name])
+            else:
+                for task in tasks:
+                    measurements.searched(task, name, METHODS[name])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the four parquet files; without it nothing is measured")
-    parser.add_argument(
-        "--backbone",
-        type=Path,
-        default=BACKBONE,
-        help="folder of a ViT for 32 x 32 images; if there is none, one is pretrained into it (default: %(default)s)",
+    add = parser.add_argument
+    add("--backbone", help="Hub name or folder of a pretrained model")
+    add("--data", type=Path, help="folder of the tasks; without it nothing is measured")
+    add("--tasks", nargs="+", help="(default: all in --data)")
+    names = ", ".join(METHODS)
+    add(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=f"(default: all) {names}"
     )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=[*METHODS, *REMEDIES],
-        default=[*METHODS, *REMEDIES],
-        metavar="METHOD",
-        help=f"(default: all) {', '.join([*METHODS, *REMEDIES])}",
-    )
-    parser.add_argument("--quick", action="store_true", help="one epoch on a handful of images, to see that it runs")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file to write the tables into")
+    add("--choose_on", nargs="+", default=[], metavar="TASK", help="no search but on these tasks, together")
+    add("--image_size", type=int, default=224, help="pixels a side (default: %(default)s)")
+    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the passes (default: %(default)s)")
+    add("--epochs", type=int, default=Protocol().epochs, help="(default: %(default)s)")
+    add("--batch_size", type=int, default=Protocol().batch_size, help="(default: %(default)s)")
+    add("--trials", type=int, default=Protocol().trials, help="learning rates tried (default: %(default)s)")
+    add("--num_seeds", type=int, default=Protocol().num_seeds, help="seeds of what was chosen (default: %(default)s)")
+    add("--threads", type=int, default=1, help="of torch on a CPU (default: %(default)s)")
+    add("--output", type=Path, help="folder of the results (default: outputs/frontier/NAME OF THE BACKBONE)")
+    add("--write", type=Path, metavar="PAGE", help="Markdown file to write the tables into")
     args = parser.parse_args()
+    if args.output is None and args.backbone is None:
+        parser.error("--output is missing; pass the folder of the results, or --backbone and --data to measure some.")
+    args.output = args.output or Path("outputs") / "frontier" / local_name(args.backbone)
+    if args.data is not None and args.backbone is None:
+        parser.error("--backbone is missing; --data asks to measure, and there is no default.")
     logging.set_verbosity_error()
-    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
     if args.data is not None:
-        measure_all(args)
-    if args.data is None or args.write is not None or args.quick:
-        runs = read(sorted(args.output.glob("*.json")))
-        text = report(runs)
-        print(text)
-        plot(summary(runs), args.output / "frontier.png")
-        if args.write is not None:
-            command = COMMAND if args.output == RESULTS else f"{COMMAND} --output {args.output}"
-            write_generated(args.write, command, text)
+        measure(args)
+    runs = read(args.output)
+    kind_of = KINDS if args.data is None else kinds(args.data)
+    text = report(runs, kind_of, args.choose_on)
+    print(text)
+    shown = fixed(runs, args.choose_on) if args.choose_on else chosen(runs)
+    plot(panels(shown, kind_of), METHODS, args.output / "frontier.png")
+    if args.write is not None:
+        write_generated(args.write, f"python -m benchmarks.frontier --output {args.output}", text)
 
 
 if __name__ == "__main__":

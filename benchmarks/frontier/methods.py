@@ -1,32 +1,32 @@
-"""The methods that `benchmarks.frontier` compares, and the variants of FacT it tries where FacT loses."""
+"""The methods that are compared, one row each. What they adapt is found by structure, whatever the backbone."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from peft import (
     FourierFTConfig,
+    IA3Config,
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
-    TinyLoraConfig,
     UniLoraConfig,
-    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
 )
-from torch import Tensor, nn
-from transformers import ViTForImageClassification
+from torch import nn
 
-from benchmarks.frontier.backbone import normalise
+from benchmarks.frontier.bottlenecks import Bottlenecks
+from benchmarks.frontier.prompts import DeepPrompts
 from benchmarks.frontier.tasks import Labelled
 from fact_peft import FacTConfig
-from fact_peft.architecture.blocks import find_block_linears
-from fact_peft.method.tensorization import tensorize
+from fact_peft.architecture.blocks import find_block_linears, stream_width
+from fact_peft.architecture.heads import find_classifiers
 
 # Leaves trainable in a backbone what the method trains, the head included; may look at the training images.
-Adapt = Callable[[ViTForImageClassification, Labelled], nn.Module]
+Adapt = Callable[[nn.Module, Labelled], nn.Module]
+FIRST_RATE = 4e-3  # of the search, and of every head
 
 
 @dataclass(frozen=True)
@@ -37,115 +37,62 @@ class Method:
         adapt: See `Adapt`.
         multipliers: Learning rates relative to the one searched, by a part of the parameter's name.
         own_head_rate: Whether the head has the fixed learning rate of all heads, else the one searched.
+        first_rate: The first learning rate tried.
     """
 
     family: str
     adapt: Adapt
     multipliers: Mapping[str, float] = field(default_factory=dict)
     own_head_rate: bool = True
+    first_rate: float = FIRST_RATE
 
 
-def by_name(model: ViTForImageClassification, train: Labelled, trains: Callable[[str], bool]) -> nn.Module:
-    """Train the head and the backbone's parameters with such names."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("classifier.") or trains(name))
+def by_module(model: nn.Module, train: Labelled, trains: Callable[[nn.Module, str], bool]) -> nn.Module:
+    """Train the heads, and those other parameters that `trains` picks by module and name in it."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(trains(module, name))
+    return train_heads(model)
+
+
+def train_heads(model: nn.Module) -> nn.Module:
+    for name in find_classifiers(model):
+        model.get_submodule(name).requires_grad_(True)
     return model
 
 
-def by_peft(
-    model: ViTForImageClassification, train: Labelled, config_cls: type[PeftConfig], **settings: Any
-) -> nn.Module:
+def by_wrapper(model: nn.Module, train: Labelled, wrapper: Callable[..., nn.Module], **settings: Any) -> nn.Module:
+    """Train the heads and what the wrapper adds to the frozen backbone."""
+    return wrapper(train_heads(model.requires_grad_(False)), **settings)
+
+
+def by_peft(model: nn.Module, train: Labelled, config_cls: type[PeftConfig], **settings: Any) -> nn.Module:
     """A method of PEFT on the linear layers that FacT finds by itself."""
-    targets = list(find_block_linears(model))
-    return get_peft_model(model, config_cls(target_modules=targets, modules_to_save=["classifier"], **settings))
+    heads = find_classifiers(model)
+    return get_peft_model(
+        model, config_cls(target_modules=list(find_block_linears(model)), modules_to_save=heads, **settings)
+    )
 
 
-def by_fact(
-    model: ViTForImageClassification,
-    train: Labelled,
-    decomposition: str,
-    rank: int,
-    scale: float = 1.0,
-    init_weights: bool | Literal["orthogonal"] = True,
-    init: "Callable[[dict[str, Tensor], Tensor, Tensor], None] | None" = None,
-) -> nn.Module:
-    """FacT, initialised as its config says or by `init`."""
-    weights = slices_of(model, {name: model.get_submodule(name).weight for name in find_block_linears(model)})
-    gradients = slices_of(model, mean_gradients(model, train)) if init is from_gradients else weights
-    config = FacTConfig(rank=rank, decomposition=decomposition, scale=scale, init_weights=init_weights)
-    model = get_peft_model(model, config)
-    if init is not None:
-        (stack,) = model.get_base_model().factors.values()
-        with torch.no_grad():
-            init({name: factor.data for name, factor in stack.factors("default").items()}, weights, gradients)
-    return model
+def by_fourier(model: nn.Module, train: Labelled, n_frequency: int) -> nn.Module:
+    """FourierFT; its scaling of 150 is made for a width of 768, and dW shrinks with the square of the width."""
+    width = stream_width(find_block_linears(model).values())
+    return by_peft(model, train, FourierFTConfig, n_frequency=n_frequency, scaling=150 * (width / 768) ** 2)
 
 
-def slices_of(model: nn.Module, matrices: Mapping[str, Tensor]) -> Tensor:
-    """The slices (N, d, d), in the order of the stack, of matrices (out, in) by layer name."""
-    slices = []
-    for name, owned in tensorize(find_block_linears(model)).items():
-        blocks = matrices[name].detach().t().unflatten(1, (owned.num_out_blocks, -1))
-        blocks = blocks.unflatten(0, (owned.num_in_blocks, -1))
-        slices.append(blocks.transpose(1, 2).flatten(0, 1))
-    return torch.cat(slices)
+def by_ia3(model: nn.Module, train: Labelled) -> nn.Module:
+    """(IA)3 on all these layers; those that narrow scale what they read, the others what they write."""
+    narrowing = [name for name, (inputs, outputs) in find_block_linears(model).items() if inputs > outputs]
+    return by_peft(model, train, IA3Config, feedforward_modules=narrowing)
 
 
-def mean_gradients(model: ViTForImageClassification, train: Labelled) -> dict[str, Tensor]:
-    """Gradients of the loss on the training images with respect to the frozen weights, by layer name.
-
-    A random head would decide them, so it is fitted first, on the features of the frozen backbone.
-    """
-    images = normalise(train.images)
-    with torch.no_grad():
-        features = torch.cat([model.vit(batch).last_hidden_state[:, 0] for batch in images.split(100)])
-    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=1e-2)
-    for _ in range(100):
-        nn.functional.cross_entropy(model.classifier(features), train.labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    weights = {name: model.get_submodule(name).weight for name in find_block_linears(model)}
-    gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for batch, labels in zip(images.split(100), train.labels.split(100), strict=True):
-        loss = model(pixel_values=batch, labels=labels).loss
-        for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-            gradients[name] += gradient
-    return gradients
-
-
-def leading(slices: Tensor, rank: int, axis: int) -> Tensor:
-    """The `rank` leading directions (d, rank) of slices (N, d, e) along axis 1 or 2, by higher-order SVD."""
-    unfolded = slices.movedim(axis, 0).flatten(1)
-    return torch.linalg.eigh(unfolded @ unfolded.t()).eigenvectors[:, -rank:].flip(1)
-
-
-def zero_core(factors: dict[str, Tensor], U: Tensor, V: Tensor) -> None:
-    """U and V as given, and zero where it makes every core zero; what else is in the core stays as it is."""
-    factors["U"].copy_(U)
-    factors["V"].copy_(V)
-    factors["Sigma" if "Sigma" in factors else "P"].zero_()
-
-
-def orthonormal_start(factors: dict[str, Tensor], weights: Tensor, gradients: Tensor) -> None:
-    """V = 0 as the authors have it; the columns of U orthonormal, and every core of TT orthogonal."""
-    nn.init.orthogonal_(factors["U"])
-    for core in factors["Sigma"]:
-        nn.init.orthogonal_(core)
-
-
-def from_weights(factors: dict[str, Tensor], weights: Tensor, gradients: Tensor) -> None:
-    """U and V span the leading directions of the frozen weights, cores zero."""
-    rank = factors["U"].shape[1]
-    zero_core(factors, leading(weights, rank, 1), leading(weights, rank, 2))
-
-
-def from_gradients(factors: dict[str, Tensor], weights: Tensor, gradients: Tensor) -> None:
-    """U and V span the leading directions of the weights' gradients, cores zero."""
-    rank = factors["U"].shape[1]
-    zero_core(factors, leading(gradients, rank, 1), leading(gradients, rank, 2))
+def by_fact(model: nn.Module, train: Labelled, **settings: Any) -> nn.Module:
+    return get_peft_model(model, FacTConfig(**settings))
 
 
 def fact(decomposition: str, rank: int, multipliers: Mapping[str, float] | None = None, **settings: Any) -> Method:
+    """FacT as the authors start it, at scale 1."""
     adapt = partial(by_fact, decomposition=decomposition, rank=rank, **settings)
     return Method(f"FacT-{decomposition.upper()}", adapt, multipliers or {})
 
@@ -161,59 +108,25 @@ def other(family: str, config_cls: type[PeftConfig], **settings: Any) -> Method:
     return Method(family, partial(by_peft, config_cls=config_cls, **settings))
 
 
-# The published settings, or PEFT's defaults, as far as they fit a backbone this narrow.
+FULL = partial(by_module, trains=lambda module, name: True)
 METHODS: dict[str, Method] = {
-    "linear probe": Method("linear probe", partial(by_name, trains=lambda name: False), own_head_rate=False),
-    "full fine-tuning": Method("full fine-tuning", partial(by_name, trains=lambda name: True)),
-    **{f"FacT-TT r={rank}": fact("tt", rank) for rank in (8, 4, 16, 2)},
-    **{
-        f"LoRA r={rank}": other("LoRA", LoraConfig, r=rank, lora_alpha=rank)  # scale 1, as FacT's
-        for rank in (1, 4, 16)
-    },
-    **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 4, 32, 12)},
-    **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (8, 4, 16, 2)},
-    **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 12, 16, 4, 32)},
-    "BitFit": Method("BitFit", partial(by_name, trains=lambda name: name.endswith("bias"))),
-    "LN tuning": Method("LN tuning", partial(by_name, trains=lambda name: "layernorm" in name)),
-    "VeRA r=64": other("VeRA", VeraConfig, r=64),
-    # The authors train the logits at ten times the rate of the vectors.
-    "VB-LoRA r=4": Method(
-        "VB-LoRA",
-        partial(by_peft, config_cls=VBLoRAConfig, r=4, num_vectors=90, vector_length=32),
-        multipliers={"vblora_logits": 10.0},
-    ),
-    **{f"UniLoRA d={size}": other("UniLoRA", UniLoraConfig, r=4, theta_d_length=size) for size in (256, 4096)},
-    **{f"TinyLoRA u={size}": other("TinyLoRA", TinyLoraConfig, r=2, u=size) for size in (64, 8)},
-    # The default scaling of 150 is made for a width of 768; dW shrinks with the square of the width. The authors train
-    # the spectrum at rates near 0.1.
-    **{
-        f"FourierFT n={number}, scaling 1": Method(
-            "FourierFT",
-            partial(by_peft, config_cls=FourierFTConfig, n_frequency=number, scaling=1.0),
-            multipliers={"spectrum": 16.0},
-        )
-        for number in (100, 1000)
-    },
-    "FourierFT n=100": other("FourierFT", FourierFTConfig, n_frequency=100),
-}
-
-# What is varied on the method before the first comma.
-REMEDIES: dict[str, Method] = {
-    "FacT-TT r=8, from gradients": fact("tt", 8, init=from_gradients),
-    "FacT-TT r=8, V x 16": fact("tt", 8, {"fact_V": 16.0}),
-    "FacT-TT r=8, scale 10": fact("tt", 8, scale=10.0),
-    "FacT-TT r=8, orthogonal at scale 1": orthogonal("tt", 8, scale=1.0),
-    **{
-        f"FacT-{decomposition.upper()} r={rank}, orthogonal at scale 4": orthogonal(decomposition, rank, scale=4.0)
-        for decomposition, rank in (("tt", 4), ("tt", 16), ("tk", 12), ("tk", 16))
-    },
-    "FacT-TT r=8, from weights": fact("tt", 8, init=from_weights),
-    "FacT-TT r=8, from weights, scale 4": fact("tt", 8, scale=4.0, init=from_weights),
-    "FacT-TT r=8, from gradients, scale 4": fact("tt", 8, scale=4.0, init=from_gradients),
-    "FacT-TT r=8, orthogonal with V = 0": fact("tt", 8, init=orthonormal_start),
-    "FacT-TT r=8, Sigma x 4": fact("tt", 8, {"fact_Sigma": 4.0}),
-    "FacT-TT r=8, one rate": Method("FacT-TT", partial(by_fact, decomposition="tt", rank=8), own_head_rate=False),
-    "FacT-TK r=16, from gradients": fact("tk", 16, init=from_gradients),
-    "FacT-TK r=16, V x 16": fact("tk", 16, {"fact_V": 16.0}),
-    "FacT-TK r=16, P x 4": fact("tk", 16, {"fact_P": 4.0}),
+    "linear probe": Method("linear probe", partial(by_module, trains=lambda module, name: False), own_head_rate=False),
+    # What was pretrained wants smaller steps than what starts at zero.
+    "full fine-tuning": Method("full fine-tuning", FULL, first_rate=1e-4),
+    "BitFit": Method("BitFit", partial(by_module, trains=lambda module, name: name == "bias")),
+    "LN tuning": Method("LN tuning", partial(by_module, trains=lambda module, name: isinstance(module, nn.LayerNorm))),
+    "VPT-deep p=10": Method("VPT-deep", partial(by_wrapper, wrapper=DeepPrompts, num_prompts=10)),
+    "AdaptFormer h=8": Method("AdaptFormer", partial(by_wrapper, wrapper=Bottlenecks, width=8)),
+    **{f"LoRA r={rank}": other("LoRA", LoraConfig, r=rank, lora_alpha=rank) for rank in (1, 8)},  # scale 1, as FacT's
+    "DoRA r=8": other("DoRA", LoraConfig, r=8, lora_alpha=8, use_dora=True),
+    "VeRA r=256": other("VeRA", VeraConfig, r=256),
+    "LoKr r=8": other("LoKr", LoKrConfig, r=8),
+    "(IA)3": Method("(IA)3", by_ia3),
+    "UniLoRA d=4096": other("UniLoRA", UniLoraConfig, r=4, theta_d_length=4096),
+    # The authors train the spectrum at rates near 0.1.
+    "FourierFT n=1000": Method("FourierFT", partial(by_fourier, n_frequency=1000), multipliers={"spectrum": 16.0}),
+    **{f"FacT-TT r={rank}": fact("tt", rank) for rank in (1, 4, 8, 16)},
+    **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 32)},
+    **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (1, 4, 8, 16)},
+    **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 16, 32)},
 }

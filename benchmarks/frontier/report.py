@@ -1,21 +1,20 @@
-"""Tables and plot of `benchmarks.frontier`, from its results alone."""
+"""Tables of `benchmarks.frontier`, from its results alone: what was chosen on validation images, and its accuracy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from benchmarks.frontier.methods import METHODS, REMEDIES
+from benchmarks.frontier.search import SEARCH_SEED
+from benchmarks.frontier.tasks import GROUPS
 from benchmarks.reporting.markdown import table
 from benchmarks.reporting.results import Results
 
 Point = tuple[float, float]  # trainable parameters, accuracy
-NUM_DEFAULTS = 6  # rows of the table of defaults
 FACT, ORTHOGONAL, OTHERS = "FacT", "FacT, orthogonal", "the others"
-SIDES = {FACT: "black", ORTHOGONAL: "tab:blue", OTHERS: "tab:red"}  # what is compared, and in which colour
+SIDES = (FACT, ORTHOGONAL, OTHERS)  # what is compared
+MEAN = "mean"
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
@@ -43,78 +42,133 @@ def side(method: str) -> str:
     return ORTHOGONAL if method.endswith(", orthogonal") else FACT
 
 
-VARIANTS = [method for method in (*METHODS, *REMEDIES) if is_fact(method) and "," in method]
+def read(folder: Path) -> pd.DataFrame:
+    """One row per run, with its task, which is the name of the file up to the first dot.
 
-
-def read(files: Iterable[Path]) -> pd.DataFrame:
-    """One row per run, with its task, which is the name of the file up to the first hyphen."""
-    frames = [Results(file).frame().assign(task=file.stem.partition("-")[0]) for file in files]
+    Raises:
+        ValueError: If there are none, or if they are of several backbones, image sizes, precisions or schedules.
+    """
+    frames = [Results(file).frame().assign(task=file.name.partition(".")[0]) for file in sorted(folder.glob("*.json"))]
+    if not frames:
+        raise ValueError(f"{folder} has no results; measure some first, with --data.")
     runs = pd.concat(frames, ignore_index=True)
-    if runs["backbone"].nunique() > 1:
-        raise ValueError(f"The results are of several backbones, {set(runs['backbone'])}; keep one --output for each.")
+    for condition in ("backbone", "image_size", "precision", "epochs", "batch_size"):
+        if runs[condition].nunique() > 1:
+            raise ValueError(
+                f"The results in {folder} differ in {condition}: {set(runs[condition])}; keep one --output for each."
+            )
     return runs
 
 
-def first_seed(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs in which the learning rate was searched."""
-    return runs[runs["seed"] == runs["seeds"].str[0]]
+def trials(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs among which the search chose: of the first seed, where there are several rates."""
+    first = runs[runs["seed"] == SEARCH_SEED]
+    return first[first.groupby(["task", "method"])["learning_rate"].transform("nunique") > 1]
 
 
 def chosen(runs: pd.DataFrame) -> pd.DataFrame:
     """Of every task and method the runs, one per seed, with the learning rate that was best on validation images."""
-    trials = first_seed(runs)
-    best = trials.loc[trials.groupby(["task", "method"])["val_accuracy"].idxmax()]
+    tried = trials(runs)
+    best = tried.loc[tried.groupby(["task", "method"])["val_accuracy"].idxmax()]
     return runs.merge(best[["task", "method", "learning_rate"]])
 
 
+def fixed(runs: pd.DataFrame, choosing: list[str]) -> pd.DataFrame:
+    """Of every method the runs on the tasks that had no part in choosing its learning rate.
+
+    The rate is the one of the best mean validation accuracy on `choosing`, of those tried on all of them.
+    """
+    tried = runs[(runs["seed"] == SEARCH_SEED) & runs["task"].isin(choosing)]
+    means = tried.pivot_table(index=["method", "learning_rate"], columns="task", values="val_accuracy").dropna()
+    if means.empty or len(means.columns) < len(choosing):
+        return runs.iloc[:0]
+    best = means.mean(axis=1).rename("val").reset_index()
+    best = best.loc[best.groupby("method")["val"].idxmax()]
+    return runs[~runs["task"].isin(choosing)].merge(best[["method", "learning_rate"]])
+
+
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy of the chosen runs by method and task, mean and std over seeds, where all seeds were run."""
-    points = (
-        chosen(runs)
-        .groupby(["task", "method"])
-        .agg(
-            parameters=("parameters", "first"),
-            mean=("test_accuracy", "mean"),
-            std=("test_accuracy", "std"),
-            num_seeds=("seed", "nunique"),
-            num_planned=("seeds", lambda seeds: len(seeds.iloc[0])),
-        )
+    """Test accuracy of the chosen runs by method and task: mean, std over seeds (nan of one) and sampling error.
+
+    The sampling error is that of a proportion among so many test images.
+    """
+    points = runs.groupby(["task", "method"]).agg(
+        parameters=("parameters", "first"),
+        mean=("test_accuracy", "mean"),
+        std=("test_accuracy", "std"),
+        num_seeds=("seed", "nunique"),
+        num_test=("sizes", lambda sizes: sizes.iloc[0][2]),
     )
-    return points[points["num_seeds"] == points["num_planned"]].reset_index()
+    share = points["mean"] / 100
+    points["sampling"] = 100 * np.sqrt(share * (1 - share) / points["num_test"])
+    return points.reset_index()
 
 
-def complete(points: pd.DataFrame) -> pd.DataFrame:
-    """The mean over tasks of the methods that were measured on all tasks."""
-    by_method = points.groupby("method").agg(
-        parameters=("parameters", "mean"), mean=("mean", "mean"), num_tasks=("task", "nunique")
-    )
-    return by_method[by_method["num_tasks"] == points["task"].nunique()].reset_index()
+def means(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
+    """As `summary`, of the mean over `tasks`, for methods measured on all of them; std is of the seeds' means."""
+    tasks = list(tasks)
+    by_task = summary(runs[runs["task"].isin(tasks)])
+    rows = []
+    for method, group in by_task.groupby("method"):
+        if len(group) == len(tasks):
+            of_method = runs[(runs["method"] == method) & runs["task"].isin(tasks)]
+            by_seed = of_method.pivot_table(index="seed", columns="task", values="test_accuracy").dropna().mean(axis=1)
+            rows.append(
+                {
+                    "method": method,
+                    "parameters": group["parameters"].mean(),
+                    "mean": group["mean"].mean(),
+                    "std": by_seed.std(),
+                    "num_seeds": len(by_seed),
+                    "sampling": np.sqrt((group["sampling"] ** 2).sum()) / len(group),
+                }
+            )
+    return pd.DataFrame(rows, columns=["method", "parameters", "mean", "std", "num_seeds", "sampling"])
 
 
-def accuracy_table(points: pd.DataFrame) -> str:
-    """Test accuracy, mean and standard deviation over seeds, by method and task, smallest method first."""
-    tasks, means = sorted(set(points["task"])), complete(points).set_index("method")["mean"]
+def panels(runs: pd.DataFrame, kinds: Mapping[str, str]) -> dict[str, pd.DataFrame]:
+    """What `means` says of each group of tasks that is there, and of all tasks."""
+    tasks = sorted(set(runs["task"]))
+    of_group = {group: [task for task in tasks if kinds.get(task) == group] for group in GROUPS}
+    return {name: means(runs, group) for name, group in {**of_group, MEAN: tasks}.items() if group}
+
+
+def accuracy_table(runs: pd.DataFrame, kinds: Mapping[str, str]) -> str:
+    """Test accuracy, mean and standard deviation over seeds, by method and task, smallest method first.
+
+    Behind the tasks the means of the groups, the mean of these, and the mean of the tasks.
+    """
+    points = summary(runs)
+    tasks = sorted(set(points["task"]), key=lambda task: (kinds.get(task, "~"), task))
+    averages = {name: group.set_index("method")["mean"] for name, group in panels(runs, kinds).items()}
+    groups = [name for name in GROUPS if name in averages]
     rows = []
     for method, group in sorted(points.groupby("method"), key=lambda item: item[1]["parameters"].iloc[0]):
         by_task = group.set_index("task")
-        cells = [
-            f"{by_task.loc[task, 'mean']:.1f} ± {by_task.loc[task, 'std']:.1f}" if task in by_task.index else ""
-            for task in tasks
-        ]
-        mean = f"{means[method]:.1f}" if method in means else ""
-        rows.append([method, f"{group['parameters'].iloc[0]:,}", *cells, mean])
-    return table(["method", "parameters", *tasks, "mean"], rows)
+        cells = [accuracy_cell(by_task.loc[task]) if task in by_task.index else "" for task in tasks]
+        of_groups = [averages[name].get(method) for name in groups]
+        cells += ["" if value is None else f"{value:.1f}" for value in of_groups]
+        if len(groups) > 1:
+            cells.append("" if None in of_groups else f"{np.mean(of_groups):.1f}")
+        mean = averages[MEAN].get(method)
+        rows.append([method, f"{group['parameters'].iloc[0]:,}", *cells, "" if mean is None else f"{mean:.1f}"])
+    columns = [*groups, *(["mean of groups"] if len(groups) > 1 else []), MEAN]
+    return table(["method", "parameters", *tasks, *columns], rows)
 
 
-def budget_table(points: pd.DataFrame, ours: str) -> str:
+def accuracy_cell(point: pd.Series) -> str:
+    spread = f" ± {point['std']:.1f}" if point["num_seeds"] > 1 else ""
+    return f"{point['mean']:.1f}{spread}"
+
+
+def budget_table(columns: Mapping[str, pd.DataFrame], ours: str) -> str:
     """Best of FacT minus best other method within the same number of parameters, at every size of FacT measured there.
 
     Args:
-        points: Of all methods.
+        columns: Points of all methods, by the title of their column.
         ours: Which of FacT, one of `SIDES`.
     """
-    tasks = sorted(set(points["task"]))
-    groups = [sides(group) for group in (*(points[points["task"] == task] for task in tasks), complete(points))]
+    groups = [sides(points) for points in columns.values()]
     rows = []
     for budget in sorted({size for group in groups for size, _ in group[ours]}):
         cells = [
@@ -124,117 +178,57 @@ def budget_table(points: pd.DataFrame, ours: str) -> str:
             for group in groups
         ]
         rows.append([f"{budget:,.0f}", *cells])
-    return table(["parameters, at most", *tasks, "mean"], rows)
+    return table(["parameters, at most", *columns], rows)
 
 
-def sides(group: pd.DataFrame) -> dict[str, list[Point]]:
+def sides(points: pd.DataFrame) -> dict[str, list[Point]]:
     """The points of each of `SIDES`."""
-    points = list(zip(group["method"], group["parameters"], group["mean"], strict=True))
-    return {name: [(size, mean) for method, size, mean in points if side(method) == name] for name in SIDES}
+    rows = list(zip(points["method"], points["parameters"], points["mean"], strict=True))
+    return {name: [(size, mean) for method, size, mean in rows if side(method) == name] for name in SIDES}
 
 
-def remedy_table(points: pd.DataFrame) -> str:
-    """Test accuracy of every variant minus that of the plain method it varies, each at its best learning rate."""
-    tasks = sorted(set(points["task"]))
-    means = points.set_index(["method", "task"])["mean"]
-    rows = []
-    for remedy in VARIANTS:
-        plain = remedy.partition(",")[0]
-        differences = {
-            task: means[remedy, task] - means[plain, task]
-            for task in tasks
-            if (remedy, task) in means and (plain, task) in means
-        }
-        if differences:
-            cells = [f"{differences[task]:+.1f}" if task in differences else "" for task in tasks]
-            rows.append([remedy, *cells, f"{np.mean(list(differences.values())):+.1f}"])
-    return table(["variant", *tasks, "mean"], rows)
-
-
-def default_table(runs: pd.DataFrame) -> str:
-    """What one setting for all tasks loses against the best FacT of every task, searched on validation images.
-
-    Of the settings measured on all tasks, those with the best mean validation accuracy. One seed, since the losing
-    trials have but one.
-    """
-    trials = first_seed(runs)
-    trials = trials[trials["method"].map(is_fact)]
-    tasks = sorted(set(trials["task"]))
-    plain = trials[trials["method"].isin(METHODS)]
-    searched = plain.loc[plain.groupby("task")["val_accuracy"].idxmax()].set_index("task")
-    test = trials.pivot_table(index=["method", "learning_rate"], columns="task", values="test_accuracy").dropna()
-    val = trials.pivot_table(index=["method", "learning_rate"], columns="task", values="val_accuracy").dropna()
-    best = val.mean(axis=1).sort_values(ascending=False).index[:NUM_DEFAULTS]
-    rows = [
-        [
-            f"{method}, rate {rate:.2g}",
-            *(f"{test.loc[(method, rate), task] - searched.loc[task, 'test_accuracy']:+.1f}" for task in tasks),
-            f"{(test.loc[(method, rate)] - searched['test_accuracy']).mean():+.1f}",
-        ]
-        for method, rate in best
-    ]
-    winners = [f"{searched.loc[task, 'test_accuracy']:.1f} ({searched.loc[task, 'method']})" for task in tasks]
-    rows.insert(0, ["searched per task", *winners, f"{searched['test_accuracy'].mean():.1f}"])
-    return table(["setting", *tasks, "mean"], rows)
-
-
-def plot(points: pd.DataFrame, file: Path) -> None:
-    """Accuracy against trainable parameters, a panel per task and one for the mean over tasks."""
-    matplotlib.use("Agg")
-    points = points[points["method"].isin(METHODS)]
-    panels = {task: points[points["task"] == task] for task in sorted(set(points["task"]))}
-    panels["mean over tasks"] = complete(points).assign(std=0.0)
-    colours = dict(zip(dict.fromkeys(m.family for m in METHODS.values()), plt.get_cmap("tab20").colors, strict=False))
-    figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(13, 4 * -(-len(panels) // 3)), squeeze=False)
-    for axis, (title, group) in zip(axes.flat, panels.items(), strict=False):
-        probe = group[group["parameters"] == 0]
-        for _, row in probe.iterrows():
-            axis.axhline(row["mean"], color="grey", linestyle=":", linewidth=1, label="linear probe")
-        group = group[group["parameters"] > 0]
-        for method, row in group.set_index("method").iterrows():
-            family = METHODS[method].family
-            style = {"marker": "o" if is_fact(method) else "s", "markersize": 6 if is_fact(method) else 5}
-            axis.errorbar(
-                row["parameters"], row["mean"], row["std"], color=colours[family], label=family, capsize=2, **style
-            )
-        for name, points_of_side in sides(group).items():
-            if points_of_side:
-                sizes, accuracies = zip(*frontier(points_of_side), strict=True)
-                axis.step(
-                    [*sizes, group["parameters"].max()], [*accuracies, accuracies[-1]], where="post", color=SIDES[name],
-                    linewidth=1, linestyle="--" if name == OTHERS else "-", label=f"frontier of {name}",
-                )  # fmt: skip
-        axis.set(xscale="log", title=title, xlabel="trainable parameters without head", ylabel="test accuracy, %")
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    entries = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=7, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(file, dpi=80)
-    plt.close(figure)
-
-
-def report(runs: pd.DataFrame) -> str:
-    """All tables as Markdown."""
-    points = summary(runs)
-    compared = points[points["method"].isin(METHODS)]
-    paragraphs = [
-        "Test accuracy in %, mean and standard deviation over seeds:",
-        accuracy_table(compared),
-    ]
+def budget_tables(columns: Mapping[str, pd.DataFrame]) -> list[str]:
+    """`budget_table` of each start that was measured, with a line that says what it is."""
+    paragraphs = []
     for ours in (FACT, ORTHOGONAL):
-        if compared["method"].map(side).eq(ours).any():
+        if any(sides(points)[ours] for points in columns.values()):
             paragraphs += [
                 f"Best of {ours} minus best other method of at most so many parameters, in points:",
-                budget_table(compared, ours),
+                budget_table(columns, ours),
             ]
-    if points["method"].isin(VARIANTS).any():
-        paragraphs += ["Variants of FacT minus the plain method, in points:", remedy_table(points)]
-    paragraphs += [
-        "One setting for all tasks minus the best FacT of every task, both with the first seed, in points:",
-        default_table(runs),
+    return paragraphs
+
+
+def rate_table(runs: pd.DataFrame) -> str:
+    """The learning rate of each method, and the seconds of a run."""
+    rows = [
+        [
+            method,
+            ", ".join(f"{rate:.2g}" for rate in sorted(set(group["learning_rate"]))),
+            f"{group['seconds'].mean():.0f}",
+        ]
+        for method, group in runs.groupby("method")
     ]
+    return table(["method", "learning rate", "seconds a run"], rows)
+
+
+def report(runs: pd.DataFrame, kinds: Mapping[str, str], choosing: list[str]) -> str:
+    """All tables as Markdown."""
+    searched, with_fixed = chosen(runs), fixed(runs, choosing)
+    paragraphs = []
+    if len(searched):
+        paragraphs += [
+            "**Searched for each task.** Test accuracy in %, mean and standard deviation over seeds:",
+            accuracy_table(searched, kinds),
+            *budget_tables(panels(searched, kinds)),
+        ]
+    if len(with_fixed):
+        paragraphs += [
+            f"**No search:** one learning rate a method, the best on the mean of the validation images of "
+            f"{', '.join(choosing)}; test accuracy in % on the other tasks:",
+            accuracy_table(with_fixed, kinds),
+            *budget_tables(panels(with_fixed, kinds)),
+            "The rate, and what a run took:",
+            rate_table(with_fixed),
+        ]
     return "\n\n".join(paragraphs)

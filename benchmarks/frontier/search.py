@@ -1,41 +1,46 @@
-"""One method on one task: a few trials of its learning rate, then the best one on validation images with more seeds."""
+"""Runs of methods on tasks: a few trials of the learning rate, and the one that is best on validation images again.
 
-import copy
+Two protocols. Searched: every task has trials of its own. Fixed: the trials are of three tasks together, and what is
+best on their mean is run on all others.
+"""
+
 import math
 import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import ViTForImageClassification, get_cosine_schedule_with_warmup, set_seed
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from benchmarks.frontier.backbone import normalise
-from benchmarks.frontier.methods import METHODS, REMEDIES, Method
-from benchmarks.frontier.tasks import Task
+from benchmarks.frontier.backbones import DEVICE, Backbone
+from benchmarks.frontier.methods import FIRST_RATE, Method
+from benchmarks.frontier.tasks import Labelled, Task
 from benchmarks.reporting.results import Results
+from fact_peft.architecture.heads import find_classifiers
 
-FIRST_RATE = 4e-3  # of the search, and of every head
 STEP = 4.0  # of the search
+SEARCH_SEED = 0
 
 
 class Protocol(NamedTuple):
     """How a method is run.
 
     Attributes:
-        sizes: Images to train on, to choose the learning rate on, and to test on.
         epochs: Passes over the training images.
-        trials: Learning rates tried.
-        seeds: The first is that of the trials.
+        batch_size: Of a step.
+        trials: Learning rates tried, with seed 0.
+        num_seeds: Seeds that the best one is run with, seed 0 included.
     """
 
-    sizes: tuple[int, int, int] = (1000, 500, 2000)
     epochs: int = 10
-    trials: int = 3
-    seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 50
-
-
-QUICK = Protocol(sizes=(20, 10, 10), epochs=1, trials=2, seeds=(0, 1), batch_size=10)
+    trials: int = 3
+    num_seeds: int = 3
 
 
 def next_rate(accuracies: dict[float, float]) -> float:
@@ -53,37 +58,41 @@ def next_rate(accuracies: dict[float, float]) -> float:
     return math.sqrt(best * max(rates[at - 1], rates[at + 1], key=accuracies.__getitem__))
 
 
-def groups(model: nn.Module, method: Method, learning_rate: float) -> list[dict[str, Any]]:
-    """What is trainable, with its learning rate, for an optimizer."""
+def groups(trained: Mapping[str, nn.Parameter], heads: Iterable[str], method: Method, rate: float) -> list[dict]:
+    """Parameters with their learning rates, for an optimizer."""
 
-    def rate(name: str) -> float:
-        if "classifier" in name:
-            return FIRST_RATE if method.own_head_rate else learning_rate
-        return learning_rate * math.prod(factor for part, factor in method.multipliers.items() if part in name)
+    def rate_of(name: str) -> float:
+        if is_head(name, heads):
+            return FIRST_RATE if method.own_head_rate else rate
+        return rate * math.prod(factor for part, factor in method.multipliers.items() if part in name)
 
-    return [{"params": [p], "lr": rate(name)} for name, p in model.named_parameters() if p.requires_grad]
+    return [{"params": [parameter], "lr": rate_of(name)} for name, parameter in trained.items()]
+
+
+def is_head(name: str, heads: Iterable[str]) -> bool:
+    """Whether a parameter of an adapted model is of one of the `heads` of the model before."""
+    return any(f".{head}." in f".{name}" for head in heads)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(backbone: Backbone, model: nn.Module, images: Labelled) -> float:
     """Per cent of `images` whose largest logit is that of their label."""
-    predicted = torch.cat([model(pixel_values=batch).logits.argmax(-1) for batch in images.split(200)])
-    return 100 * (predicted == labels).sum().item() / len(labels)
+    predicted = torch.cat([backbone.logits(model, batch).argmax(-1).cpu() for batch in images.images.split(200)])
+    return 100 * (predicted == images.labels).sum().item() / len(images.labels)
 
 
 def run(
-    backbone: ViTForImageClassification, task: Task, method: Method, learning_rate: float, seed: int, protocol: Protocol
+    backbone: Backbone, task: Task, method: Method, learning_rate: float, seed: int, protocol: Protocol
 ) -> dict[str, Any]:
-    """Adapt a copy of the backbone with a fresh head: AdamW, a tenth of the steps warm-up, cosine decay."""
+    """Adapt the backbone with a fresh head: AdamW, a tenth of the steps warm-up, cosine decay."""
     start = time.perf_counter()
     set_seed(seed)
-    model = copy.deepcopy(backbone)
-    model.classifier = nn.Linear(backbone.classifier.in_features, task.num_labels)
-    model.config.num_labels = model.num_labels = task.num_labels
-    model = method.adapt(model, task.train)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(groups(model, method, learning_rate), weight_decay=1e-4, fused=True)
-    images, labels = normalise(task.train.images), task.train.labels
+    model = backbone.build(task.num_labels)
+    heads = find_classifiers(model)
+    model = method.adapt(model, task.train).to(DEVICE)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(groups(trained, heads, method, learning_rate), weight_decay=1e-4, fused=True)
+    images, labels = task.train
     steps_per_epoch = math.ceil(len(labels) / protocol.batch_size)
     num_steps = protocol.epochs * steps_per_epoch
     schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps)
@@ -91,7 +100,7 @@ def run(
     model.train()
     for _ in range(protocol.epochs):
         for batch in torch.randperm(len(labels)).split(protocol.batch_size):
-            loss = nn.functional.cross_entropy(model(pixel_values=images[batch]).logits, labels[batch])
+            loss = nn.functional.cross_entropy(backbone.logits(model, images[batch]), labels[batch].to(DEVICE))
             loss.backward()
             losses.append(loss.item())
             optimizer.step()
@@ -99,40 +108,79 @@ def run(
             optimizer.zero_grad()
     model.eval()
     return {
-        "parameters": sum(p.numel() for name, p in trained.items() if "classifier" not in name),
-        "val_accuracy": accuracy(model, normalise(task.val.images), task.val.labels),
-        "test_accuracy": accuracy(model, normalise(task.test.images), task.test.labels),
+        "parameters": sum(parameter.numel() for name, parameter in trained.items() if not is_head(name, heads)),
+        "val_accuracy": accuracy(backbone, model, task.val),
+        "test_accuracy": accuracy(backbone, model, task.test),
         "train_loss": sum(losses[-steps_per_epoch:]) / steps_per_epoch,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-def measure(
-    backbone: ViTForImageClassification,
-    task: Task,
-    names: list[str],
-    results: Results,
-    protocol: Protocol,
-    fingerprint: str,
-) -> None:
-    """Run what `results` lacks: for each method the trials, then the chosen learning rate with the other seeds."""
-    for name in names:
-        method = {**METHODS, **REMEDIES}[name]
+@dataclass
+class Measurements:
+    """Runs of methods with one backbone and protocol; each is kept, and none is repeated.
 
-        def outcome(learning_rate: float, seed: int, name: str = name, method: Method = method) -> dict[str, Any]:
-            setting = {"method": name, "learning_rate": learning_rate, "seed": seed, "backbone": fingerprint}
-            setting |= protocol._asdict()
-            found = results.find(**setting)
-            if found is None:
-                found = run(backbone, task, method, learning_rate, seed, protocol)
-                results.add(setting, found)
-                print(f"{results.file.stem}, {name}, rate {learning_rate:.2g}, seed {seed}: {found}", flush=True)
-            return found
+    Attributes:
+        backbone: What is adapted.
+        protocol: How.
+        load: The task of a name.
+        image_size: Of all of them.
+        file: Where the runs of a task and a method are kept.
+        progress: Counts runs.
+    """
 
+    backbone: Backbone
+    protocol: Protocol
+    load: Callable[[str], Task]
+    image_size: int
+    file: Callable[[str, str], Path]
+    progress: tqdm
+
+    def outcome(self, task: str, name: str, method: Method, learning_rate: float, seed: int) -> dict[str, Any]:
+        """What comes out of one run, from the file if it is there."""
+        loaded = self.load(task)
+        setting = {
+            "method": name,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "backbone": self.backbone.fingerprint,
+            "sizes": [len(split.labels) for split in loaded[:3]],
+            "epochs": self.protocol.epochs,
+            "batch_size": self.protocol.batch_size,
+            "image_size": self.image_size,
+            "precision": self.backbone.precision,
+        }
+        file = self.file(task, name)
+        found = Results(file).find(**setting)
+        if found is None:
+            found = run(self.backbone, loaded, method, learning_rate, seed, self.protocol)
+            Results(file).add(setting, found)  # read again, since another process may have written meanwhile
+            tqdm.write(f"{task}, {name}, rate {learning_rate:.2g}, seed {seed}: {found}")
+            self.progress.update()
+        else:
+            self.progress.total -= 1  # so that the estimate is of what is left
+            self.progress.refresh()
+        return found
+
+    def search(self, tasks: list[str], name: str, method: Method) -> float:
+        """The learning rate that is best on the validation images of the tasks, on their mean."""
         accuracies: dict[float, float] = {}
-        while len(accuracies) < protocol.trials:
-            rate = next_rate(accuracies) if accuracies else FIRST_RATE
-            accuracies[rate] = outcome(rate, protocol.seeds[0])["val_accuracy"]
-        chosen = max(accuracies, key=accuracies.__getitem__)
-        for seed in protocol.seeds[1:]:
-            outcome(chosen, seed)
+        while len(accuracies) < self.protocol.trials:
+            rate = next_rate(accuracies) if accuracies else method.first_rate
+            outcomes = [self.outcome(task, name, method, rate, SEARCH_SEED) for task in tasks]
+            accuracies[rate] = fmean(outcome["val_accuracy"] for outcome in outcomes)
+        return max(accuracies, key=accuracies.__getitem__)
+
+    def searched(self, task: str, name: str, method: Method) -> None:
+        """The searched protocol."""
+        rate = self.search([task], name, method)
+        for seed in range(SEARCH_SEED + 1, self.protocol.num_seeds):
+            self.outcome(task, name, method, rate, seed)
+
+    def fixed(self, choosing: list[str], tasks: list[str], name: str, method: Method) -> None:
+        """The fixed protocol: `choosing` are searched together, the others run at what came out."""
+        rate = self.search(choosing, name, method)
+        for task in tasks:
+            if task not in choosing:
+                for seed in range(SEARCH_SEED, self.protocol.num_seeds):
+                    self.outcome(task, name, method, rate, seed)

@@ -1,4 +1,4 @@
-"""A small vision transformer pretrained on CIFAR-10, for `benchmarks.frontier`."""
+"""A small vision transformer pretrained on CIFAR-10, for `benchmarks.frontier.toy`."""
 
 import math
 
@@ -8,7 +8,8 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
 
-from benchmarks.frontier.tasks import SIDE, Labelled
+from benchmarks.frontier.tasks import Labelled
+from benchmarks.frontier.toy.tasks import SIDE
 
 BATCH_SIZE = 100
 LEARNING_RATE = 1e-3

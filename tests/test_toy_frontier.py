@@ -1,4 +1,4 @@
-"""The tasks, the search and the report of the frontier benchmark."""
+"""The search and the report of the frontier benchmark, and its quick mode: a small ViT on tasks made by rule."""
 
 import io
 import itertools
@@ -16,10 +16,11 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.frontier.methods import METHODS, REMEDIES, leading, slices_of
 from benchmarks.frontier.report import best_within, chosen, frontier
 from benchmarks.frontier.search import next_rate
-from benchmarks.frontier.tasks import CHANNEL_ORDERS, TASKS, Labelled, make_task
+from benchmarks.frontier.tasks import Labelled
+from benchmarks.frontier.toy.methods import METHODS, REMEDIES, leading, slices_of
+from benchmarks.frontier.toy.tasks import CHANNEL_ORDERS, TASKS, make_task
 from fact_peft import FacTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,7 @@ def test_search_climbs_to_the_peak(peak, tried):
 
 def test_the_learning_rate_is_chosen_on_validation_images_of_the_first_seed():
     def row(rate: float, seed: int, val: float) -> dict[str, object]:
-        return {"task": "t", "method": "m", "seeds": [0, 1], "learning_rate": rate, "seed": seed, "val_accuracy": val}
+        return {"task": "t", "method": "m", "learning_rate": rate, "seed": seed, "val_accuracy": val}
 
     runs = pd.DataFrame([row(1.0, 0, 50), row(2.0, 0, 60), row(2.0, 1, 10), row(1.0, 1, 99)])
     assert sorted(chosen(runs)["seed"]) == [0, 1] and set(chosen(runs)["learning_rate"]) == {2.0}
@@ -195,14 +196,14 @@ def test_quick_run_measures_each_setting_once(tmp_path):
     }.items():
         write_parquet(tmp_path / f"{name}.parquet", images, "JPEG" if "cifar" in name else "PNG")
     page = tmp_path / "page.md"
-    marker = f"python -m benchmarks.frontier --output {tmp_path / 'out'}"
+    marker = f"python -m benchmarks.frontier.toy --output {tmp_path / 'out'}"
     page.write_text(f"<!-- begin: {marker} -->\n<!-- end: {marker} -->\n")
-    command = [sys.executable, "-m", "benchmarks.frontier", "--quick", "--tasks", "count", "--write", str(page)]
+    command = [sys.executable, "-m", "benchmarks.frontier.toy", "--quick", "--tasks", "count", "--write", str(page)]
     methods = {
         "count.json": ["linear probe", "LoRA r=1", "FacT-TT r=8"],
-        "count-remedies.json": ["FacT-TT r=8, V x 16"],
+        "count.remedies.json": ["FacT-TT r=8, V x 16"],
     }
-    command += ["--methods", *methods["count.json"], *methods["count-remedies.json"]]
+    command += ["--methods", *methods["count.json"], *methods["count.remedies.json"]]
     command += ["--data", str(tmp_path), "--output", str(tmp_path / "out"), "--backbone", str(tmp_path / "backbone")]
 
     def run() -> str:
