@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..method.decomposition import DECOMPOSITIONS, core_matrix, increment_norm
 from ..method.tensorization import Slices, read_layout, split_at_block, tensorize
+from ..storage.hub import is_hub_id
+from ..storage.quoting import for_terminal
 from ..tuner.config import FacTConfig
 from ..tuner.factors import FACTORS
 
@@ -55,9 +57,19 @@ def read_adapter(adapter: str | Path) -> SavedAdapter:
         ValueError: If it is an adapter of another method, or its file is damaged, renamed or missing.
     """
     folder = Path(adapter)
-    if not folder.is_dir():
+    if not folder.exists():
+        if not is_hub_id(str(adapter)):
+            raise ValueError(f"{str(adapter)!r} is neither a folder nor a name on the Hub.")
         folder = Path(snapshot_download(str(adapter), allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]))
-    config = PeftConfig.from_pretrained(str(folder))  # FacTConfig's checks the adapter file
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} has no {CONFIG_NAME}; pass the folder that an adapter was saved in.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))  # which checks the adapter file, see registration.py
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is not the config of an adapter ({type(error).__name__}: {error}); take it from "
+            "where the adapter was saved."
+        ) from error
     if not isinstance(config, FacTConfig):
         raise ValueError(f"{adapter} is not a FacT adapter but one of {config.peft_type}; only FacT's are read here.")
     file = folder / SAFETENSORS_WEIGHTS_NAME
@@ -88,7 +100,7 @@ def increment_norms(adapter: SavedAdapter) -> dict[str, float]:
 
 
 def describe(adapter: SavedAdapter) -> str:
-    """The adapter in a few lines of text."""
+    """The adapter in a few lines of text, in which names that somebody else wrote are quoted for a terminal."""
     config = adapter.config
     sizes = {stack: sum(factor.numel() for factor in factors.values()) for stack, factors in adapter.factors.items()}
     files = {name: (adapter.folder / name).stat().st_size for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
@@ -111,7 +123,7 @@ def describe(adapter: SavedAdapter) -> str:
     if norms:
         least, most = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
         lines.append(f"||dW||      {norms[least]:.3g} ({least}) to {norms[most]:.3g} ({most})")
-    return "\n".join(lines)
+    return "\n".join(map(for_terminal, lines))
 
 
 def plot_increments(norms: dict[str, float], axes: Axes) -> None:
@@ -131,9 +143,9 @@ def plot_increments(norms: dict[str, float], axes: Axes) -> None:
     picture = axes.imshow(grid.numpy(), aspect="auto", vmin=0)
     containers = list(dict.fromkeys(container for container, _ in blocks))
     names = [index if len(containers) == 1 else f"{container}.{index}" for container, index in blocks]
-    axes.set_yticks(range(len(blocks)), names)
-    axes.set_ylabel("block" if len(containers) > 1 else f"block of {containers[0]}")
-    axes.set_xticks(range(len(matrices)), matrices, rotation=30, ha="right")
+    axes.set_yticks(range(len(blocks)), names, parse_math=False)
+    axes.set_ylabel("block" if len(containers) > 1 else f"block of {containers[0]}", parse_math=False)
+    axes.set_xticks(range(len(matrices)), matrices, rotation=30, ha="right", parse_math=False)
     axes.set_title("Frobenius norm of dW")
     axes.figure.colorbar(picture, ax=axes)
 

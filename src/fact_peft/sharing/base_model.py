@@ -6,22 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..architecture.labels import label_settings
 from ..tuner.config import FacTConfig
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether `name` can be the name of a repository on the Hub, and is not a file or folder here."""
-    if not name or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def base_class(config: FacTConfig) -> Any:

@@ -10,8 +10,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..method.decomposition import DECOMPOSITIONS
+from ..storage.hub import is_hub_id
 from ..tuner.config import FacTConfig
-from .base_model import base_class, is_hub_id
+from .base_model import base_class
 
 BEGIN = "<!-- begin: written by fact_peft when the adapter is saved; what stands outside is kept -->"
 END = "<!-- end: written by fact_peft -->"

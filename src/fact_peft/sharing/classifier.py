@@ -14,8 +14,9 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..architecture.labels import label_settings
+from ..storage.hub import is_hub_id
 from ..tuner.config import FacTConfig, fact_config
-from .base_model import is_hub_id, load_base
+from .base_model import load_base
 from .card import write_model_card
 
 FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, IMAGE_PROCESSOR_NAME]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 from torch import finfo, float32, nn
 
 from ..method.decomposition import DECOMPOSITIONS
-from ..storage.adapter_file import check_adapter_folder
+from ..method.tensorization import read_layout
 
 
 @dataclass
@@ -154,6 +153,10 @@ class FacTConfig(PeftConfig):
         ):
             raise ValueError(f"labels={self.labels!r} is not a list of strings; pass one class name per logit.")
         self._check_layer_selection()
+        if self.layout is not None:
+            if not isinstance(self.layout, list) or not all(isinstance(line, str) for line in self.layout):
+                raise ValueError(f"layout={self.layout!r} is not a list of strings; leave it None for a new adapter.")
+            read_layout(self.layout)
 
     def _check_rank(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int):
@@ -224,20 +227,6 @@ class FacTConfig(PeftConfig):
                     f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regex "
                     f"target_modules={self.target_modules!r}; name the blocks in the regex instead."
                 )
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        """Load the configuration of a saved adapter; see `PeftConfig.from_pretrained`.
-
-        Raises:
-            ValueError: If the adapter file beside a local configuration is damaged, renamed or holds numbers that are
-                not finite. Found here, before PEFT changes the model the adapter is for.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_adapter_folder(Path(pretrained_model_name_or_path, subfolder or ""))
-        return config
 
 
 def fact_config(model: nn.Module, adapter_name: str) -> FacTConfig:

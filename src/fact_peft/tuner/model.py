@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
@@ -17,8 +16,11 @@ from torch import Tensor, nn
 
 from ..architecture.labels import current_labels
 from ..method.tensorization import Slices, stack_sizes
+from ..storage.adapter_file import is_finite
+from ..storage.quoting import for_terminal
 from .combination import combined_config, fill_with_sum
 from .config import FacTConfig, fact_config
+from .contents import split_off_foreign
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
 from .layer import FacTLinear
 from .mixed_batch import mixed_batch
@@ -251,15 +253,18 @@ class FacTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As `BaseTuner`, and refuse factors and heads that do not fit before the first one is copied.
+        """As `BaseTuner`, and refuse what does not fit or is no part of the adapter before the first tensor is copied.
 
         Raises:
-            ValueError: If a factor is missing or not finite, or a factor or head has another shape than in the model.
+            ValueError: If a factor is missing, not of floats or not finite, a factor or head has another shape than in
+                the model, or there are tensors of other names.
         """
         assert isinstance(config, FacTConfig)
         check_not_merged(model, adapter_name, "overwritten")
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config) if config.bias != "none" else {}
+        state_dict, foreign = split_off_foreign(model, config, adapter_name, state_dict, biases)
+        problems = [f"{for_terminal(name)}: no part of the adapter" for name in foreign]
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        problems = []
         for name, parameter in model.named_parameters():
             is_factor = f".{cls.prefix}" in name and name.endswith(f".{adapter_name}")
             if not is_factor and f".modules_to_save.{adapter_name}." not in name:
@@ -269,7 +274,9 @@ class FacTModel(BaseTuner):
                 problems.append(f"{name}: missing in the file, {shape} in the model")
             elif tuple(remapped[name].shape) != shape:
                 problems.append(f"{name}: {tuple(remapped[name].shape)} in the file, {shape} in the model")
-            elif not torch.isfinite(remapped[name]).all():
+            elif is_factor and not remapped[name].is_floating_point():
+                problems.append(f"{name}: {remapped[name].dtype} in the file, not floats")
+            elif not is_finite(remapped[name]):
                 problems.append(f"{name}: holds NaN or infinity")
         if problems:
             raise ValueError(

@@ -20,7 +20,7 @@ from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers
 from ..architecture.labels import fitting_labels
 from ..architecture.linears import base_of, find_linears, walk
-from ..method.tensorization import Slices, describe_layout, tensorize
+from ..method.tensorization import Slices, describe_layout, read_layout, tensorize
 from .config import FacTConfig
 from .factors import FACTORS, SharedFactors
 from .layer import find_quantization
@@ -180,8 +180,26 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
                 f"{owned.out_features} features); use a rank of at most {width}, or exclude_modules to leave it out."
             )
     if config.layout is None:
+        check_readable(layout, targets)
         config.layout = layout
     return slices
+
+
+def check_readable(layout: list[str], targets: dict[str, tuple[int, int]]) -> None:
+    """Refuse names that make a layout which cannot be read back, since the adapter would save and never load again.
+
+    Raises:
+        ValueError: If a layer has such a name.
+    """
+    try:
+        readable = read_layout(layout) == targets
+    except ValueError:
+        readable = False
+    if not readable:
+        raise ValueError(
+            f"These layers cannot be written down, {some(targets)}: probably a name has a comma, a colon or a space in "
+            "it; rename that module, or leave it out with exclude_modules."
+        )
 
 
 def layout_mismatch(config: FacTConfig, layout: list[str], model: nn.Module) -> str:
