@@ -45,7 +45,7 @@ class FacTConfig(PeftConfig):
             does and is recognised; for an ``nn.Linear`` True is put right with a warning.
         init_weights: True: the authors' initialisation, V = 0, so that an untrained adapter changes nothing.
             ``"orthogonal"``: orthonormal columns in U and V and zero cores, which changes nothing either; meant for
-            a scale of 32 / rank, see benchmarks/frontier/README.md. False: every factor random.
+            a scale of 32 / rank, see benchmarks/frontier/toy/README.md. False: every factor random.
         labels: Class names in the order of the logits, saved with the adapter. None: what the model's
             ``config.id2label`` says, if a module of `modules_to_save` has so many outputs.
         layout: Which layer owns which slices. Settled when the adapter is created, saved with it, and compared with
