@@ -23,13 +23,15 @@ BASE = "__base__"  # PEFT's name for no adapter
 class MixedBatch:
     """The adapters of the images of one batch, and what the layers share while they compute it."""
 
-    def __init__(self, names: Sequence[str], modules: frozenset[nn.Module]) -> None:
+    def __init__(self, names: Sequence[str], modules: frozenset[nn.Module], has_labels: bool = False) -> None:
         """
         Args:
             names: The adapter of every image.
             modules: The layers and heads of the model that is called. Others, such as those of a second model called
                 inside the first, are none of this batch's business.
+            has_labels: Whether the model will want to compute a loss.
         """
+        self.has_labels = has_labels
         self.names = list(names)
         self.modules = modules
         self.distinct = list(dict.fromkeys(names))
@@ -77,15 +79,11 @@ class MixedBatch:
         """The cores (images, a, b, r, r) of one layer, of which each adapter has its `slices`."""
         shape = next(iter(slices.values()))
         absent = factors.cores.shape[1] - 1  # the slice of zeros
-        first = [
-            slices[name].first if name in slices else None for name in self.distinct if name in stack.fact_config
-        ]
+        first = [slices[name].first if name in slices else None for name in self.distinct if name in stack.fact_config]
         if len(set(first)) == 1 and first[0] is not None:  # all adapters have the same layers, or none
             cores = factors.cores.narrow(1, first[0], shape.count)
         else:
-            places = {
-                name: [owned.first + k for k in range(shape.count)] for name, owned in slices.items()
-            }
+            places = {name: [owned.first + k for k in range(shape.count)] for name, owned in slices.items()}
             index = [places.get(name, [absent] * shape.count) for name in self.names]
             images = torch.arange(len(self.names), device=factors.cores.device)
             cores = factors.cores[images[:, None], torch.tensor(index, device=factors.cores.device)]

@@ -55,6 +55,10 @@ def per_image_heads(
         x: Input of the heads, (R, ...), where every image has as many rows.
         args: Passed to all heads.
         kwargs: Passed to all heads.
+
+    Raises:
+        TypeError: If a head does not give one output per input.
+        ValueError: If the heads differ in size and the model wants to compute a loss.
     """
     batch.by_image(x)  # for its check
     rows_per_image = len(x) // len(batch.names)
@@ -80,6 +84,11 @@ def per_image_heads(
             outputs[image] = result
     if len({output.shape for output in outputs}) == 1:
         return torch.stack(outputs).flatten(0, 1)
+    if batch.has_labels:
+        raise ValueError(
+            "labels cannot be used with adapters of different numbers of classes in one batch: there is no one loss. "
+            "Call the model without labels and compute the loss of each of output.logits."
+        )
     return [output.squeeze(0) for output in outputs]
 
 
@@ -97,7 +106,7 @@ def alike(heads: Sequence[nn.Module]) -> list[list[int]]:
     return list(groups.values())
 
 
-def linear_heads(x: Tensor, heads: Sequence[nn.Module], index: Tensor) -> Tensor:
+def linear_heads(x: Tensor, heads: Sequence[Any], index: Tensor) -> Tensor:
     """Every image (B, rows, ..., in) through the linear layer `index` says, in one batched product."""
     weight = torch.stack([head.weight for head in heads])[index]
     rows = x.flatten(1, -2)

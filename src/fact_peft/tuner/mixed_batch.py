@@ -44,7 +44,8 @@ def mixed_batch(
     if any(layer.merged for layer in layers):
         raise ValueError("adapter_names does not work while adapters are merged; call unmerge_adapter() first.")
     heads = [module for module in model.modules() if isinstance(module, FacTHead)]
-    return calling_with(MixedBatch(adapter_names, frozenset([*layers, *heads])))
+    batch = MixedBatch(adapter_names, frozenset([*layers, *heads]), has_labels=kwargs.get("labels") is not None)
+    return calling_with(batch)
 
 
 def check_names(adapter_names: Sequence[str], known: set[str]) -> None:

@@ -44,7 +44,7 @@ class PerImageWeight(Tensor):
         if func not in LOOKS:
             raise NotImplementedError(
                 "With adapter_names the weight of an adapted layer is another matrix for every image, and "
-                f"{getattr(func, '__qualname__', func)} cannot use it. This model wants one adapter at a time: call it "
+                f"{getattr(func, '__name__', func)}() cannot use it. This model wants one adapter at a time: call it "
                 "with the images of one adapter, and adapter_names of one name."
             )
         with DisableTorchFunctionSubclass():
