@@ -1,9 +1,8 @@
-"""More of what users of LoRA have: conversion, sums, hot-swapping, mixed batches, compilation, injection."""
+"""More of what users of LoRA have: conversion, sums, hot-swapping, compilation, injection."""
 
 import copy
 import gc
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -237,46 +236,6 @@ def test_no_graph_break_and_no_recompilation_when_swapping(decomposition, tmp_pa
     loss = logits(compiled.train(), images()).square().sum()
     loss.backward()
     assert model.get_base_model().factors["32x32"].fact_U["default"].grad.abs().max() > 0
-
-
-# One adapter per image
-
-
-@everywhere
-def test_mixed_batch_gives_every_image_its_own_adapter(decomposition, backbone):
-    model = adapted(decomposition, backbone)
-    model.add_adapter("other", config(decomposition, rank=2))
-    model.add_adapter("headless", config("tk", rank=3, modules_to_save=[]))
-    disturb_heads(model)
-    names = ["other", "__base__", "default", "headless", "other"]
-    pixels = images(count=len(names))
-    with torch.no_grad():
-        mixed = logits(partial(model, adapter_names=names), pixels)
-        for row, name in enumerate(names):
-            if name == "__base__":
-                with model.disable_adapter():
-                    expected = logits(model, pixels)[row]
-            else:
-                model.set_adapter(name)
-                expected = logits(model, pixels)[row]
-            torch.testing.assert_close(mixed[row], expected, rtol=0, atol=1e-5, msg=name)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_mixed_batch_refuses():
-    model = adapted()
-    cases = [
-        (["default"] * 2, "has 2 names for a batch of 3"),
-        (["default", "typo", "default"], r"names \['typo'\], but there are only \['__base__', 'default'\]"),
-    ]
-    for names, message in cases:
-        with pytest.raises(ValueError, match=message):
-            model(pixel_values=images(), adapter_names=names)
-    with pytest.raises(ValueError, match="evaluation mode only"):
-        model.train()(pixel_values=images(), adapter_names=["default"] * 3)
-    model.eval().merge_adapter()
-    with pytest.raises(ValueError, match="while adapters are merged"):
-        model(pixel_values=images(), adapter_names=["default"] * 3)
 
 
 # Gradient checkpointing

@@ -250,7 +250,8 @@ def test_which_calls_are_fused(monkeypatch):
     assert count_fused(monkeypatch, torch.no_grad()(plain_forward)) == total
     assert count_fused(monkeypatch, functional) == 0
     assert count_fused(monkeypatch, forward_mode) == 0
-    assert count_fused(monkeypatch, lambda: model(images(), adapter_names=["default"] * 3)) == 0
+    assert count_fused(monkeypatch, lambda: model(images(), adapter_names=["default"] * 3)) == total
+    assert count_fused(monkeypatch, lambda: model(images(), adapter_names=["default", "__base__", "default"])) == 0
     with model.disable_adapter():
         assert count_fused(monkeypatch, plain_forward) == 0
     model.add_adapter("other", FacTConfig(rank=2, init_weights=False, modules_to_save=[]))

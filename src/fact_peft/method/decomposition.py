@@ -36,8 +36,8 @@ def blockwise(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def core_matrix(cores: Tensor) -> Tensor:
-    """The cores (a, b, r, r) of a layer's slices as one block matrix (a r, b r)."""
-    return cores.transpose(1, 2).flatten(2).flatten(0, 1)
+    """The cores (..., a, b, r, r) of a layer's slices as one block matrix (..., a r, b r)."""
+    return cores.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
 def contract(x: Tensor, U: Tensor, core: Tensor) -> Tensor:
@@ -113,6 +113,14 @@ class Decomposition(ABC):
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
         """Sigma_k for the slices first <= k < first + count: (count, r, r)."""
 
+    @abstractmethod
+    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
+        """N, the number of slices of the stack that the factors are of."""
+
+    def all_cores(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """Sigma_k of all slices: (N, r, r)."""
+        return self.cores(factors, 0, self.num_slices(factors))
+
     def shapes(self, in_width: int, out_width: int, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all factors of a stack of `num_slices` slices of `in_width` x `out_width`."""
         return {"U": (in_width, rank), "V": (out_width, rank), **self.core_shapes(num_slices, rank)}
@@ -157,6 +165,9 @@ class TensorTrain(Decomposition):
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
         return factors["Sigma"].narrow(0, first, count)
 
+    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
+        return factors["Sigma"].shape[0]
+
 
 class Tucker(Decomposition):
     """FacT-TK, eq. 10: the cores are mixtures of r shared ones. 2 d r + N r + r^3 parameters for a square stack."""
@@ -174,6 +185,9 @@ class Tucker(Decomposition):
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
         P, C = factors["P"].narrow(0, first, count), factors["C"]
         return (P @ C.flatten(1)).view(count, *C.shape[1:])
+
+    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
+        return factors["P"].shape[0]
 
 
 DECOMPOSITIONS: dict[str, Decomposition] = {"tt": TensorTrain(), "tk": Tucker()}

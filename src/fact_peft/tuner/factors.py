@@ -102,6 +102,11 @@ class FacTStack(nn.Module, FacTLayer):
         factors = {name: getattr(self, f"fact_{name}")[adapter_name] for name in decomposition.core_factors}
         return decomposition.cores(factors, slices.first, slices.count)
 
+    def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """U (d, r), all cores Sigma_k (N, r, r) and V (e, r) of an adapter."""
+        decomposition, factors = self.decomposition(adapter_name), self.factors(adapter_name)
+        return factors["U"], decomposition.all_cores(factors), factors["V"]
+
     @torch.no_grad()
     def place(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:
         """Move the factors of an adapter, unless they are still on the meta device."""

@@ -18,10 +18,12 @@ from ..architecture.labels import current_labels
 from ..method.tensorization import Slices, stack_sizes
 from ..storage.adapter_file import is_finite
 from ..storage.quoting import for_terminal
+from .call import calling_with, current_batch
 from .combination import combined_config, fill_with_sum
 from .config import FacTConfig, fact_config
 from .contents import split_off_foreign
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
+from .head import adopt_heads
 from .layer import FacTLinear
 from .mixed_batch import mixed_batch
 from .planning import check_adapter_name, is_targeted, resolve
@@ -66,6 +68,7 @@ class FacTModel(BaseTuner):
             raise
         self._forget(adapter_name)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        adopt_heads(model)
         if adapter_name in self.active_adapters:
             for wrapper in self._heads():  # PEFT activates a new head only where there was none
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
@@ -228,11 +231,15 @@ class FacTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is None:
-            yield
-        else:
-            with mixed_batch(self.model, kwargs["adapter_names"]):
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is not None:
+            with mixed_batch(self.model, adapter_names, args, kwargs):
                 yield
+        elif current_batch() is not None:  # called inside another call, but not with its adapters
+            with calling_with(None):
+                yield
+        else:
+            yield
 
     # How an adapter goes to disk and comes back.
 
