@@ -21,7 +21,7 @@ from ..method.decomposition import contract, core_matrix, expand, increment, low
 from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable, without_autocast
 from ..method.tensorization import Slices
 from .call import MixedBatch, current_batch
-from .factors import FacTLayer, FacTStack
+from .factors import FacTLayer, FacTStack, ordinary_tensors
 from .per_image_weight import PerImageWeight
 
 
@@ -181,6 +181,7 @@ class FacTLinear(nn.Module, FacTLayer):
         # Copied, since B may be V itself, which all layers share.
         return A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
 
+    @ordinary_tensors()
     def merged_weight(self, adapter_name: str, sign: int = 1, check: bool = False) -> Tensor:
         """The base weight plus `sign` times the increment: added in float32 or better, then cast back.
 

@@ -22,7 +22,7 @@ from .call import calling_with, current_batch
 from .combination import combined_config, fill_with_sum
 from .config import FacTConfig, fact_config
 from .contents import split_off_foreign
-from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
+from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors, ordinary_tensors
 from .head import adopt_heads
 from .layer import FacTLinear
 from .mixed_batch import mixed_batch
@@ -45,6 +45,7 @@ class FacTModel(BaseTuner):
     tuner_layer_cls = FacTLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
 
+    @ordinary_tensors()
     def inject_adapter(
         self,
         model: nn.Module,
@@ -138,6 +139,7 @@ class FacTModel(BaseTuner):
     def _stacks(self) -> Iterator[FacTStack]:
         return (module for module in self.model.modules() if isinstance(module, FacTStack))
 
+    @ordinary_tensors()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new parameters, which all require gradients; those of an adapter loaded for inference must not.
         trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
@@ -257,6 +259,7 @@ class FacTModel(BaseTuner):
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
+    @ordinary_tensors()
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
