@@ -25,6 +25,7 @@ from .contents import split_off_foreign
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors, ordinary_tensors
 from .head import adopt_heads
 from .layer import FacTLinear
+from .mismatch import mismatched_heads_are_ignored
 from .mixed_batch import mixed_batch
 from .planning import check_adapter_name, is_targeted, resolve
 
@@ -282,6 +283,8 @@ class FacTModel(BaseTuner):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps the whole shape there
             if name not in remapped:
                 problems.append(f"{name}: missing in the file, {shape} in the model")
+            elif tuple(remapped[name].shape) != shape and not is_factor and mismatched_heads_are_ignored():
+                continue  # PEFT leaves it out, with a warning
             elif tuple(remapped[name].shape) != shape:
                 problems.append(f"{name}: {tuple(remapped[name].shape)} in the file, {shape} in the model")
             elif is_factor and not remapped[name].is_floating_point():
