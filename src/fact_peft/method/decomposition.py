@@ -57,10 +57,10 @@ def expand(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
     return added.view(onto.shape)
 
 
-def expand_(h: Tensor, V: Tensor, onto: Tensor) -> Tensor:
-    """`expand` with s = 1, written into `onto` itself, which must be contiguous."""
+def expand_(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
+    """`expand`, written into `onto` itself, which must be contiguous."""
     out_width, rank = V.shape
-    onto.view(-1, out_width).addmm_(h.reshape(-1, rank), V.t())
+    onto.view(-1, out_width).addmm_(h.reshape(-1, rank), V.t(), alpha=scale)
     return onto
 
 

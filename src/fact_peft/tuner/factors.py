@@ -7,6 +7,9 @@ counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeR
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -19,6 +22,13 @@ from .config import FacTConfig
 CORE_FACTORS = tuple(dict.fromkeys(name for member in DECOMPOSITIONS.values() for name in member.core_factors))
 # Does not contain PEFT's prefix "fact_": PEFT skips modules with the prefix in their name when it deletes adapters.
 FACTORS = "factors"
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Have new tensors be ordinary ones, also inside ``torch.inference_mode()``, whose own can never be trained."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class FacTLayer(BaseTunerLayer):

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architecture.linears import linear_shape
 from ..method.decomposition import contract, core_matrix, expand, increment, low_rank_pair
-from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable
+from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable, without_autocast
 from ..method.tensorization import Slices
 from .call import MixedBatch, current_batch
-from .factors import FacTLayer, FacTStack
+from .factors import FacTLayer, FacTStack, ordinary_tensors
 from .per_image_weight import PerImageWeight
 
 
@@ -72,8 +72,10 @@ class FacTLinear(nn.Module, FacTLayer):
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """What the increment is made of: U (d, r), the core matrix (a r, b r) and V (e, r)."""
         stack, slices = self.fact_stacks[adapter_name], self.fact_slices[adapter_name]
-        cores = stack.cores(adapter_name, slices).unflatten(0, (slices.num_in_blocks, slices.num_out_blocks))
-        return stack.fact_U[adapter_name], core_matrix(cores), stack.fact_V[adapter_name]
+        U, V = stack.fact_U[adapter_name], stack.fact_V[adapter_name]
+        with without_autocast(U):  # Tucker's cores are products, whose gradients float16 could not hold
+            cores = stack.cores(adapter_name, slices).unflatten(0, (slices.num_in_blocks, slices.num_out_blocks))
+        return U, core_matrix(cores), V
 
     def _precise_terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         U, core, V = self.terms(adapter_name)
@@ -179,6 +181,7 @@ class FacTLinear(nn.Module, FacTLayer):
         # Copied, since B may be V itself, which all layers share.
         return A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
 
+    @ordinary_tensors()
     def merged_weight(self, adapter_name: str, sign: int = 1, check: bool = False) -> Tensor:
         """The base weight plus `sign` times the increment: added in float32 or better, then cast back.
 

@@ -22,9 +22,10 @@ from .call import calling_with, current_batch
 from .combination import combined_config, fill_with_sum
 from .config import FacTConfig, fact_config
 from .contents import split_off_foreign
-from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
+from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors, ordinary_tensors
 from .head import adopt_heads
 from .layer import FacTLinear
+from .mismatch import mismatched_heads_are_ignored
 from .mixed_batch import mixed_batch
 from .planning import check_adapter_name, is_targeted, resolve
 
@@ -45,6 +46,7 @@ class FacTModel(BaseTuner):
     tuner_layer_cls = FacTLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
 
+    @ordinary_tensors()
     def inject_adapter(
         self,
         model: nn.Module,
@@ -138,6 +140,7 @@ class FacTModel(BaseTuner):
     def _stacks(self) -> Iterator[FacTStack]:
         return (module for module in self.model.modules() if isinstance(module, FacTStack))
 
+    @ordinary_tensors()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new parameters, which all require gradients; those of an adapter loaded for inference must not.
         trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
@@ -257,6 +260,7 @@ class FacTModel(BaseTuner):
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
+    @ordinary_tensors()
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -279,6 +283,8 @@ class FacTModel(BaseTuner):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps the whole shape there
             if name not in remapped:
                 problems.append(f"{name}: missing in the file, {shape} in the model")
+            elif tuple(remapped[name].shape) != shape and not is_factor and mismatched_heads_are_ignored():
+                continue  # PEFT leaves it out, with a warning
             elif tuple(remapped[name].shape) != shape:
                 problems.append(f"{name}: {tuple(remapped[name].shape)} in the file, {shape} in the model")
             elif is_factor and not remapped[name].is_floating_point():

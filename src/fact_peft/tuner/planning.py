@@ -24,6 +24,7 @@ from ..method.tensorization import Slices, describe_layout, read_layout, tensori
 from .config import FacTConfig
 from .factors import FACTORS, SharedFactors
 from .layer import find_quantization
+from .mismatch import mismatched_heads_are_ignored
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,13 @@ def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, 
             check_trainable(classifiers, model)
             config.modules_to_save = classifiers
             logger.info("FacT also trains and saves modules_to_save=%s; pass [] to switch this off.", classifiers)
-    config.labels = fitting_labels(config.labels, model, config.modules_to_save or [])
+    heads = config.modules_to_save or []
+    try:
+        config.labels = fitting_labels(config.labels, model, heads)
+    except ValueError:
+        if not mismatched_heads_are_ignored():
+            raise
+        config.labels = fitting_labels(None, model, heads)
     if config.target_modules is None:
         config.target_modules = default_targets(config, model)
     _maybe_include_all_linear_layers(config, model)

@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 import peft
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
@@ -19,6 +19,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from .config import FacTConfig
 from .contents import check_contents, check_saved_adapter
+from .mismatch import heeding_mismatch
 from .planning import resolve
 
 NAME = "FACT"
@@ -94,4 +95,7 @@ def check_adapters_before_they_load() -> None:
         return load_adapter(self, *args, **kwargs)
 
     PeftConfig.from_pretrained = classmethod(read_config_and_check)  # type: ignore[method-assign, assignment]
-    PeftAdapterMixin.load_adapter = check_and_load_adapter  # type: ignore[method-assign]
+    PeftAdapterMixin.load_adapter = heeding_mismatch(check_and_load_adapter)  # type: ignore[method-assign]
+    load_onto = inspect.unwrap(PeftModel.from_pretrained.__func__)  # type: ignore[attr-defined]
+    PeftModel.from_pretrained = classmethod(heeding_mismatch(load_onto))  # type: ignore[method-assign, assignment]
+    PeftModel.load_adapter = heeding_mismatch(inspect.unwrap(PeftModel.load_adapter))  # type: ignore[method-assign]
