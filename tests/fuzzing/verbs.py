@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fact_peft import FacTConfig, FacTLinear, hotswap_adapter
 from tests.backbones import images, logits, make_backbone
-from tests.fuzzing.reference import Adapter, Reference
+from tests.fuzzing.reference import Adapter, Reference, slice_shape
 
 PIXELS = images(count=2)
 LABELS = torch.tensor([0, 3])
@@ -129,7 +129,7 @@ class Verbs(RuleBasedStateMachine):
             warnings.simplefilter("ignore")
             try:
                 result = function()
-            except ValueError:
+            except (ValueError, KeyError):  # the second from PEFT, where a file lacks the head
                 if not refused:
                     raise
             else:
@@ -203,7 +203,7 @@ class Verbs(RuleBasedStateMachine):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             else:
                 assert key[1] != "V" or not parameter.any(), "V is not zero"
-                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
         self.reference.adapters[adapter_name] = adapter
         self.adopt(adapter_name)
 
@@ -260,10 +260,11 @@ class Verbs(RuleBasedStateMachine):
                 assert module.merged_adapters == [other for other in reference.merged if other in owners]
                 assert module.disable_adapters == reference.disabled, name
 
-    def close(self, actual: Tensor, expected: Tensor, what: str) -> None:
+    def close(self, actual: Tensor, expected: Tensor, what: str, *summands: Tensor) -> None:
+        """Equal up to the rounding of numbers as large as `expected` and the `summands` it came from."""
         assert torch.isfinite(expected).all(), "the reference itself is not finite"
         error = (actual.detach().double() - expected).abs().max().item()
-        bound = TOLERANCE * max(1.0, expected.abs().max().item())
+        bound = TOLERANCE * max(1.0, *(value.abs().max().item() for value in (expected, *summands)))
         assert error <= bound, f"{what} is off by {error:.3g}"
 
     # The verbs.
@@ -289,8 +290,8 @@ class Verbs(RuleBasedStateMachine):
 
         self.call("train step", False, step)
         for (name, key), parameter in trained.items():
-            before = reference.adapters[name].numbers[key]
-            self.close(parameter, before - LEARNING_RATE * gradients.get((name, key), 0), f"trained {name} {key}")
+            before, gradient = reference.adapters[name].numbers[key], gradients.get((name, key), torch.zeros(()))
+            self.close(parameter, before - LEARNING_RATE * gradient, f"trained {name} {key}", gradient)
         for name in {name for name, _ in trained}:
             self.adopt(name)
 
@@ -521,7 +522,7 @@ class PeftVerbs(Verbs):
         refused = (
             "nobody" in chosen
             or adapter_name in reference.adapters
-            or rank > min(side for shape in layers.values() for side in slice_sides(shape))
+            or rank > min(side for shape in layers.values() for side in slice_shape(*shape))
         )
         self.call(
             "add_weighted_adapter",
@@ -567,7 +568,103 @@ class PeftVerbs(Verbs):
                 self.close(row[None], expected, f"row of {name}")
 
 
-def slice_sides(shape: tuple[int, int]) -> tuple[int, int]:
-    from tests.fuzzing.reference import slice_shape
 
-    return slice_shape(*shape)
+class InjectedVerbs(Verbs):
+    """A model of transformers with its own methods.
+
+    Left out is what goes wrong for every PEFT method: adding while switched off (new layers are on), adapters with and
+    without a head on one model, several heads at once, and deleting the active adapter (each layer chooses another).
+    """
+
+    surface = "transformers"
+
+    @initialize(
+        backbone=st.sampled_from(["vit", "swin"]),
+        adapter_name=names,
+        settings=settings_of_adapters,
+        seed=seeds,
+        heads=st.booleans(),
+    )
+    def first_adapter(
+        self, backbone: str, adapter_name: str, settings: dict[str, Any], seed: int, heads: bool
+    ) -> None:
+        self.begin(backbone)
+        self.heads = heads
+        self.add(adapter_name, settings, seed)
+
+    def active(self) -> list[str]:
+        return list(self.model.active_adapters()) if self.reference.adapters else []
+
+    @precondition(lambda self: not self.reference.disabled)
+    @rule(adapter_name=names, settings=settings_of_adapters, seed=seeds)
+    def add(self, adapter_name: str, settings: dict[str, Any], seed: int) -> None:
+        self.inject(adapter_name, settings, seed, adapter_name in self.reference.adapters, "add_adapter")
+
+    @precondition(lambda self: not self.reference.disabled and self.reference.adapters)
+    @rule(adapter_name=names, settings=settings_of_adapters, seed=seeds)
+    def again(self, adapter_name: str, settings: dict[str, Any], seed: int) -> None:
+        self.inject(adapter_name, settings, seed, False, "inject_adapter_in_model")
+
+    def inject(self, adapter_name: str, settings: dict[str, Any], seed: int, refused: bool, verb: str) -> None:
+        settings = {**settings, "head": self.heads}
+        adapter = self.expected_adapter(settings)
+        config = self.config(settings, adapter)
+        if verb == "add_adapter":
+            self.call(verb, refused, lambda: self.model.add_adapter(config, adapter_name))
+        else:
+            self.call(verb, refused, lambda: inject_adapter_in_model(config, self.model, adapter_name))
+        if not refused:
+            self.begin_adapter(adapter_name, settings, adapter, seed)
+            self.reference.activate([adapter_name])
+
+    @precondition(lambda self: self.reference.adapters)
+    @rule(data=st.data())
+    def set_adapter(self, data: st.DataObject) -> None:
+        available = [*self.reference.adapters, "nobody"]
+        chosen = data.draw(st.lists(st.sampled_from(available), min_size=1, max_size=1 if self.heads else 3, unique=True))
+        refused = "nobody" in chosen
+        self.call("set_adapter", refused, lambda: self.model.set_adapter(chosen))
+        if not refused:
+            self.reference.activate(chosen)
+
+    @precondition(lambda self: self.reference.adapters)
+    @rule()
+    def disable(self) -> None:
+        self.call("disable_adapters", False, self.model.disable_adapters)
+        self.reference.disabled = self.reference.head_disabled = True
+
+    @precondition(lambda self: self.reference.adapters)
+    @rule()
+    def enable(self) -> None:
+        """transformers switches the layers on again, but not the classifier, whatever the method."""
+        self.call("enable_adapters", False, self.model.enable_adapters)
+        self.reference.disabled = False
+
+    @precondition(lambda self: self.reference.adapters)
+    @rule(adapter_name=names)
+    def delete(self, adapter_name: str) -> None:
+        reference = self.reference
+        if adapter_name in reference.active:
+            return
+        refused = adapter_name not in reference.adapters
+        self.call("delete_adapter", refused, lambda: self.model.delete_adapter(adapter_name))
+        if not refused:
+            del reference.adapters[adapter_name]
+
+    @precondition(lambda self: len(self.reference.active) == 1)
+    @rule(slot=slots)
+    def save(self, slot: str) -> None:
+        shutil.rmtree(self.folder / slot, ignore_errors=True)
+        self.call("save_pretrained", False, lambda: self.model.save_pretrained(self.folder / slot))
+        self.read_back(slot, self.reference.active[0])
+
+    @precondition(lambda self: self.saved and not self.reference.disabled)
+    @rule(slot=slots, adapter_name=names)
+    def load(self, slot: str, adapter_name: str) -> None:
+        if slot not in self.saved:
+            return
+        refused, path = adapter_name in self.reference.adapters, str(self.folder / slot)
+        self.call("load_adapter", refused, lambda: self.model.load_adapter(path, adapter_name=adapter_name))
+        if not refused:
+            self.reference.adapters[adapter_name] = copy.deepcopy(self.saved[slot])
+            self.reference.activate([adapter_name])
