@@ -46,7 +46,7 @@ def run(machine: type[Verbs], first_seed: int, num_sequences: int, steps: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzzing", description=__doc__.partition(":")[0])
     parser.add_argument("--sequences", type=int, default=1000, help="in all, half of them through each surface")
-    parser.add_argument("--steps", type=int, default=12, help="verbs in a sequence, at most")
+    parser.add_argument("--steps", type=int, default=20, help="verbs in a sequence, at most")
     parser.add_argument("--seed", type=int, default=0, help="the first seed; each is good for 100 sequences")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -163,8 +163,9 @@ class Reference:
                     numbers[key] = numbers[key].detach().requires_grad_()
                     leaves[name, key] = numbers[key]
         loss = nn.functional.cross_entropy(self.logits(pixels), labels)
-        used = loss.requires_grad  # all may be merged
-        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if used else [None] * len(leaves)
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
+        if loss.requires_grad:  # all may be merged
+            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name in names:
             adapter = self.adapters[name]
             for numbers in (adapter.factors, adapter.head):

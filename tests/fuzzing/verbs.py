@@ -52,7 +52,7 @@ LAYERS = {
 # The network is float32, the reference float64; weights of this size pass a few hundred roundings on to the output.
 TOLERANCE = 3e-5
 
-names = st.sampled_from(["a", "b", "c", "d"])
+names = st.sampled_from(["a", "b", "c"])
 slots = st.sampled_from(["one", "two"])
 seeds = st.integers(0, 999)
 scales = st.sampled_from([0.5, 1.0, -0.75, 2.0])
@@ -434,7 +434,9 @@ class PeftVerbs(Verbs):
     def delete(self, adapter_name: str) -> None:
         reference = self.reference
         others = [name for name in reference.active if name != adapter_name]
-        if list(reference.adapters) == [adapter_name] or (adapter_name == self.model.active_adapter and len(others) > 1):
+        if list(reference.adapters) == [adapter_name] or (
+            adapter_name == self.model.active_adapter and len(others) > 1
+        ):
             return  # `PeftModel.active_adapter` would go on naming what is gone, whatever the method
         refused = adapter_name not in reference.adapters or self.is_merged(adapter_name)
         self.call("delete_adapter", refused, lambda: self.model.delete_adapter(adapter_name))
@@ -463,9 +465,7 @@ class PeftVerbs(Verbs):
             return
         saved, loaded = self.saved[slot], self.reference.adapters.get(adapter_name)
         refused = loaded is not None and (
-            self.is_merged(adapter_name)
-            or saved.shapes() != loaded.shapes()
-            or saved.head.keys() != loaded.head.keys()
+            self.is_merged(adapter_name) or saved.shapes() != loaded.shapes() or saved.head.keys() != loaded.head.keys()
         )
         self.call(
             "load_adapter",
@@ -568,7 +568,6 @@ class PeftVerbs(Verbs):
                 self.close(row[None], expected, f"row of {name}")
 
 
-
 class InjectedVerbs(Verbs):
     """A model of transformers with its own methods.
 
@@ -585,9 +584,7 @@ class InjectedVerbs(Verbs):
         seed=seeds,
         heads=st.booleans(),
     )
-    def first_adapter(
-        self, backbone: str, adapter_name: str, settings: dict[str, Any], seed: int, heads: bool
-    ) -> None:
+    def first_adapter(self, backbone: str, adapter_name: str, settings: dict[str, Any], seed: int, heads: bool) -> None:
         self.begin(backbone)
         self.heads = heads
         self.add(adapter_name, settings, seed)
@@ -621,7 +618,9 @@ class InjectedVerbs(Verbs):
     @rule(data=st.data())
     def set_adapter(self, data: st.DataObject) -> None:
         available = [*self.reference.adapters, "nobody"]
-        chosen = data.draw(st.lists(st.sampled_from(available), min_size=1, max_size=1 if self.heads else 3, unique=True))
+        chosen = data.draw(
+            st.lists(st.sampled_from(available), min_size=1, max_size=1 if self.heads else 3, unique=True)
+        )
         refused = "nobody" in chosen
         self.call("set_adapter", refused, lambda: self.model.set_adapter(chosen))
         if not refused:
