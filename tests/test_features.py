@@ -199,6 +199,19 @@ def test_hotswap_gives_the_other_adapter(decomposition, backbone, tmp_path):
     assert torch.equal(scores(again), scores(model))
 
 
+def test_hotswap_on_a_model_with_injected_layers_takes_the_head_too(tmp_path):
+    swapped = adapted(seed=1)
+    with torch.no_grad():
+        for name, parameter in swapped.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(1)
+    swapped.save_pretrained(tmp_path)
+    injected = make_backbone("vit")
+    injected.add_adapter(FacTConfig(rank=4, init_weights=False, scale=3.0), "default")
+    hotswap_adapter(injected, tmp_path)
+    assert torch.equal(scores(injected), scores(swapped))
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

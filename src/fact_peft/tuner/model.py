@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import _set_adapter as activate_heads
 from torch import Tensor, nn
 
 from ..architecture.labels import current_labels
@@ -194,11 +196,32 @@ class FacTModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the stacks that no other adapter uses.
 
+        If it was the only active one, the first of the others by name is active from then on, in every layer.
+
         Raises:
             ValueError: If there is no such adapter, or it is merged.
         """
-        super().delete_adapter(adapter_name)
-        self._drop_empty_stacks()
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist.")
+        check_not_merged(self.model, adapter_name, "deleted")
+        del self.peft_config[adapter_name]
+        self._forget(adapter_name)
+        if adapter_name not in self.active_adapters:
+            return
+        # PEFT lets each layer choose among its own adapters, so that layers of different adapters would disagree.
+        active = [name for name in self.active_adapters if name != adapter_name]
+        if not active and self.peft_config:
+            active = [min(self.peft_config)]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.",
+                stacklevel=2,
+            )
+        for module in self.model.modules():
+            if isinstance(module, FacTLayer):
+                module.set_adapter(active)
+        if active:
+            activate_heads(self.model, active)
+        self.active_adapter = active
 
     def _drop_empty_stacks(self) -> None:
         stacks = getattr(self.model, FACTORS, {})
