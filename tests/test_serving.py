@@ -6,6 +6,7 @@ import signal
 import tempfile
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
 from pathlib import Path
 
@@ -250,8 +251,6 @@ document.getElementById("drop").dispatchEvent(
 
 @pytest.mark.parametrize("width", [1280, 375])
 def test_in_a_browser_a_dropped_image_gets_a_bar_for_every_label_of_two_adapters(served, browser, width):
-    from base64 import b64encode
-
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(served.url)
@@ -271,7 +270,7 @@ def test_in_a_browser_a_dropped_image_gets_a_bar_for_every_label_of_two_adapters
             assert bar.find_element("css selector", ".label").text == label
             assert bar.find_element("css selector", "output").text == f"{100 * score:.1f} %"
             # Half a pixel, and a bar that may still be growing is waited for.
-            wait_for(lambda bar=bar, score=score: abs(width_of_fill(bar) - score * track) < 1, 5)
+            wait_for(lambda bar=bar, width=score * track: abs(width_of_fill(bar) - width) < 1, 5)
 
     find(".prediction summary")[0].click()
     wait_for(lambda: len(find(".prediction td")) == 2 * 6, 30)
