@@ -61,9 +61,9 @@ def start_ray(settings: Settings) -> None:
 
 def main() -> None:
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave by the same door as with Ctrl-C
     application = build(settings)
     start_ray(settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # after Ray's own: leave as with Ctrl-C
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(application, logging_config={"enable_access_log": False})
