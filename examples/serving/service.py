@@ -57,12 +57,8 @@ def make_pool(vit: PreTrainedModel, settings: Settings) -> AdapterPool:
 
 
 def as_json(prediction: Prediction, top: int) -> dict:
-    scores, indices = prediction.scores.cpu().topk(min(top, len(prediction.scores)))
-    labels = [str(index) if prediction.labels is None else prediction.labels[index] for index in indices.tolist()]
-    return {
-        "adapter": prediction.adapter,
-        "labels": [{"label": label, "score": score} for label, score in zip(labels, scores.tolist(), strict=True)],
-    }
+    labels = [{"label": label, "score": score} for label, score in prediction.top(top)]
+    return {"adapter": prediction.adapter, "labels": labels}
 
 
 def unknown(name: str) -> Refused:
