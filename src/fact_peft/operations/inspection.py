@@ -126,12 +126,14 @@ def describe(adapter: SavedAdapter) -> str:
     return "\n".join(map(for_terminal, lines))
 
 
-def plot_increments(norms: dict[str, float], axes: Axes) -> None:
-    """Draw ||dW|| as a map of blocks (rows) by matrices (columns).
+def increment_map(norms: dict[str, float]) -> tuple[list[str], list[str], Tensor]:
+    """The norms as a map.
 
     Args:
         norms: Frobenius norms by layer name, as `increment_norms` gives them.
-        axes: Where to; its figure gets a colour bar.
+
+    Returns:
+        Names of the blocks, names of the matrices, and the norms (blocks, matrices), NaN where a block lacks a matrix.
     """
     located = {split_at_block(name): norm for name, norm in norms.items()}
     blocks = list(dict.fromkeys((container, index) for container, index, _ in located))
@@ -139,12 +141,23 @@ def plot_increments(norms: dict[str, float], axes: Axes) -> None:
     grid = torch.full((len(blocks), len(matrices)), torch.nan)
     for (container, index, path), norm in located.items():
         grid[blocks.index((container, index)), matrices.index(path)] = norm
+    return [f"{container}.{index}" for container, index in blocks], matrices, grid
 
+
+def plot_increments(norms: dict[str, float], axes: Axes) -> None:
+    """Draw ||dW|| as a map of blocks (rows) by matrices (columns).
+
+    Args:
+        norms: Frobenius norms by layer name, as `increment_norms` gives them.
+        axes: Where to; its figure gets a colour bar.
+    """
+    blocks, matrices, grid = increment_map(norms)
     picture = axes.imshow(grid.numpy(), aspect="auto", vmin=0)
-    containers = list(dict.fromkeys(container for container, _ in blocks))
-    names = [index if len(containers) == 1 else f"{container}.{index}" for container, index in blocks]
-    axes.set_yticks(range(len(blocks)), names, parse_math=False)
-    axes.set_ylabel("block" if len(containers) > 1 else f"block of {containers[0]}", parse_math=False)
+    containers = {block.rpartition(".")[0] for block in blocks}
+    axes.set_yticks(
+        range(len(blocks)), blocks if len(containers) > 1 else [b.rpartition(".")[2] for b in blocks], parse_math=False
+    )
+    axes.set_ylabel("block" if len(containers) > 1 else f"block of {containers.pop()}", parse_math=False)
     axes.set_xticks(range(len(matrices)), matrices, rotation=30, ha="right", parse_math=False)
     axes.set_title("Frobenius norm of dW")
     axes.figure.colorbar(picture, ax=axes)

@@ -1,0 +1,118 @@
+"""Which adapters the service has: one file that every replica reads, so that a change reaches all of them.
+
+    STATE/manifest.json         {"digits": {"files": "5f0c...", "source": "digits"}, ...}
+    STATE/files/5f0c.../        the adapter's files, copied, under a name that follows from what is in them
+
+An entry never changes: a new version of an adapter is another folder. So every replica that reads the manifest, today
+or after it was killed, loads the same bytes, whatever has become of the place they came from. On a cluster STATE lies
+on a file system that all machines share.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+class Entry(NamedTuple):
+    files: str  # name of the folder in STATE/files
+    source: str  # where it came from, for people
+
+
+class Catalogue:
+    """The adapters in the folder `state`. Writers exclude each other, in whatever process; readers never wait."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.manifest = state / "manifest.json"
+        (state / "files").mkdir(parents=True, exist_ok=True)
+
+    def stamp(self) -> tuple[int, int] | None:
+        """Differs after every change; None as long as there was none."""
+        try:
+            status = self.manifest.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
+    def read(self) -> dict[str, Entry]:
+        try:
+            text = self.manifest.read_text()
+        except FileNotFoundError:
+            return {}
+        return {name: Entry(**entry) for name, entry in json.loads(text).items()}
+
+    def folder(self, entry: Entry) -> Path:
+        return self.state / "files" / entry.files
+
+    def put(self, name: str, adapter: Path, source: str, check: Callable[[Path], object] = bool) -> Entry:
+        """Copy the adapter's files and give it its name, in place of an earlier one.
+
+        What `check` raises about the copy leaves everything as it was.
+        """
+        with self._writing():
+            entries = self.read()
+            entries[name] = Entry(self._copy(adapter), source)
+            try:
+                check(self.folder(entries[name]))
+                self._write(entries)
+            finally:
+                self._sweep()
+            return entries[name]
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter and its files.
+
+        Raises:
+            KeyError: If there is none of this name.
+        """
+        with self._writing():
+            entries = self.read()
+            del entries[name]
+            self._write(entries)
+            self._sweep()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with open(self.state / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _copy(self, adapter: Path) -> str:
+        """Only what an adapter consists of, and only as data: safetensors and JSON."""
+        part = self.state / "files" / f".{uuid4().hex}"
+        part.mkdir()
+        digest = hashlib.sha256()
+        for file in (*ADAPTER_FILES, PROCESSOR_FILE):
+            if (adapter / file).is_file() or file in ADAPTER_FILES:
+                shutil.copyfile(adapter / file, part / file)
+                content = (part / file).read_bytes()
+                digest.update(f"{file} {len(content)}\n".encode() + content)
+        name = digest.hexdigest()[:32]
+        if not (self.state / "files" / name).exists():
+            part.rename(self.state / "files" / name)
+        return name
+
+    def _write(self, entries: dict[str, Entry]) -> None:
+        part = self.manifest.with_suffix(".part")
+        with open(part, "w") as file:
+            json.dump({name: entry._asdict() for name, entry in sorted(entries.items())}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.manifest)
+
+    def _sweep(self) -> None:
+        """Delete the files that no name stands for any more."""
+        used = {entry.files for entry in self.read().values()}
+        for folder in (self.state / "files").iterdir():
+            if folder.name not in used:
+                shutil.rmtree(folder)

@@ -1,0 +1,80 @@
+"""One vision transformer, any number of adapters, one service.
+
+    python examples/serving/serve.py                                          # a ViT and adapters trained on digits
+    python examples/serving/serve.py --backbone google/vit-base-patch16-224-in21k --adapters my-adapters --replicas 2
+
+starts Ray on this machine; with RAY_ADDRESS set, the same command deploys to that cluster. `serve run serve:build
+replicas=2` in this folder does so too. README.md beside this file shows what to ask the service, and its answers.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import digits
+import ray
+from catalogue import ADAPTER_FILES, Catalogue
+from ray import serve
+from ray.serve import Application
+from service import Service, make_pool
+from settings import Settings, token
+from transformers import HfArgumentParser
+from validation import Refused, check_name
+
+
+def build(arguments: Settings | dict) -> Application:
+    """The application, for `serve.run` or `serve run`."""
+    settings = arguments if isinstance(arguments, Settings) else Settings(**arguments)
+    if settings.backbone is None:
+        settings.backbone = str(digits.prepare(Path(settings.adapters).parent))
+    catalogue = Catalogue(Path(settings.state))
+    if catalogue.stamp() is None:  # the first start; afterwards PUT and DELETE have the say
+        put_all(catalogue, Path(settings.adapters))
+    return Service.options(
+        num_replicas=settings.replicas, ray_actor_options={"num_gpus": settings.gpus_per_replica}
+    ).bind(settings, token(), make_pool)
+
+
+def put_all(catalogue: Catalogue, folder: Path) -> None:
+    """Every adapter in the folder, under the name of its own folder. Whether it fits is for the replicas to say."""
+    for adapter in sorted(folder.glob("*/")):
+        try:
+            missing = [file for file in ADAPTER_FILES if not (adapter / file).is_file()]
+            if missing:
+                raise Refused(422, f"it has no {missing[0]}.")
+            catalogue.put(check_name(adapter.name), adapter, adapter.name)
+        except Refused as refused:
+            print(f"{adapter} is not served: {refused.reason}")
+
+
+def start_ray(settings: Settings) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine. Replicas get this folder's code."""
+    code = {"working_dir": str(Path(__file__).parent)}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(runtime_env=code)
+    else:
+        num_cpus = max(os.cpu_count() or 1, settings.replicas)
+        ray.init(runtime_env=code, num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1")
+
+
+def main() -> None:
+    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    application = build(settings)
+    start_ray(settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # after Ray's own: leave as with Ctrl-C
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port})
+        serve.run(application, logging_config={"enable_access_log": False})
+        print(f"Serving on http://{settings.host}:{settings.port}/ (Ctrl-C ends it)", flush=True)
+        signal.pause()
+    except KeyboardInterrupt:
+        print("Shutting down.")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

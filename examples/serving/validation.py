@@ -1,0 +1,84 @@
+"""What a request may hold. Whatever is refused carries the HTTP status and a sentence that says why."""
+
+import hmac
+import io
+import re
+from collections.abc import AsyncIterator, Collection, Sequence
+
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+MAX_ADAPTERS = 64
+
+
+class Refused(Exception):
+    """A request that is answered with `status` and `reason`."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+def check_name(name: str) -> str:
+    """The name of an adapter: never a path, so that nothing outside the service's folders can be meant by it."""
+    if not NAME.fullmatch(name):
+        raise Refused(
+            422,
+            f"{name[:100]!r} cannot name an adapter: use 1 to 96 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit.",
+        )
+    return name
+
+
+def check_adapters(names: Sequence[str], known: Collection[str]) -> list[str]:
+    """The adapters of one image, without repetitions."""
+    if not 0 < len(names) <= MAX_ADAPTERS:
+        raise Refused(
+            422, f"The request names {len(names)} adapters: give 1 to {MAX_ADAPTERS}, as ?adapter=NAME&adapter=NAME."
+        )
+    unknown = [name for name in names if check_name(name) not in known]
+    if unknown:
+        raise Refused(404, f"No adapter is called {', '.join(map(repr, unknown))}; GET /adapters lists all.")
+    return list(dict.fromkeys(names))
+
+
+def check_token(authorization: str | None, token: str | None) -> None:
+    """Bearer authentication, in time that does not tell how much of a wrong token was right."""
+    expected = f"Bearer {token}"
+    if token and not hmac.compare_digest((authorization or "").encode(), expected.encode()):
+        raise Refused(401, "Changing adapters needs the header 'Authorization: Bearer TOKEN' with the right token.")
+
+
+async def read_body(chunks: AsyncIterator[bytes], content_length: str | None, limit: int) -> bytes:
+    """A body of at most `limit` bytes. A longer one is refused by its header, or as soon as it has grown too long."""
+    too_long = Refused(413, f"The body is longer than {limit:,} bytes.")
+    if content_length and content_length.isdecimal() and int(content_length) > limit:
+        raise too_long
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > limit:
+            raise too_long
+    return bytes(body)
+
+
+def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The picture, upright. Its size is read from the header, and refused if too large, before a pixel is decoded."""
+    if not data:
+        raise Refused(422, "The body is empty: send the bytes of an image file.")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own, larger limits
+        raise Refused(413, f"The image is too large: {error}") from error
+    except Exception as error:  # decoders fail in many ways, all of them the file's fault
+        raise Refused(415, f"The body is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image.") from error
+    if image.width * image.height > max_pixels:
+        raise Refused(
+            413, f"The image has {image.width} x {image.height} pixels; at most {max_pixels:,} are decoded. Shrink it."
+        )
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Exception as error:
+        raise Refused(422, f"The {image.format} image cannot be decoded ({error}): it was probably cut off.") from error

@@ -1,0 +1,289 @@
+"""examples/serving as its users meet it: over HTTP, with two replicas, one of which is killed, and in a browser."""
+
+import io
+import os
+import signal
+import tempfile
+import threading
+import time
+from base64 import b64encode
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+
+pytest.importorskip("ray.serve", reason='Ray Serve is not installed: pip install ".[serving]"')
+
+import digits
+from served import LABELS, Served, save_adapter, serve, wait_for
+from transformers import AutoImageProcessor, ViTForImageClassification
+
+pytestmark = pytest.mark.slow
+TOKEN = "swordfish"
+CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+
+
+def picture(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype="uint8")).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("served"), TOKEN) as served:
+        yield served
+
+
+def scores(answer: dict) -> dict[str, dict[str, float]]:
+    return {
+        prediction["adapter"]: {each["label"]: each["score"] for each in prediction["labels"]}
+        for prediction in answer["predictions"]
+    }
+
+
+def expected_scores(served: Served, name: str, labels: list[str], image: bytes, adapter: Path) -> dict[str, float]:
+    """What PEFT alone says of the picture."""
+    base = ViTForImageClassification.from_pretrained(
+        served.folder / "backbone", num_labels=len(labels), ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    processor = AutoImageProcessor.from_pretrained(served.folder / "backbone")
+    pixels = processor(Image.open(io.BytesIO(image)), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return dict(zip(labels, model(pixel_values=pixels).logits[0].softmax(-1).tolist(), strict=True))
+
+
+def test_scores_are_those_of_peft_for_several_adapters_of_one_image(served):
+    for seed in range(3):
+        answer = served.predict(picture(seed), *LABELS)
+        assert answer.status == 200, answer.body
+        assert list(scores(answer.body)) == list(LABELS)
+        for name, labels in LABELS.items():
+            expected = expected_scores(served, name, labels, picture(seed), served.folder / "adapters" / name)
+            assert scores(answer.body)[name] == pytest.approx(expected, abs=1e-5)  # float32, other order of sums
+    best = served.predict(picture(0), "fruit", top=1).body["predictions"][0]["labels"]
+    assert [best[0]["label"]] == [
+        max(expected := scores(served.predict(picture(0), "fruit").body)["fruit"], key=expected.get)
+    ]
+
+
+def test_requests_for_different_adapters_share_batches(served):
+    before = served.ask("/metrics").body["batches"]["sizes"]
+    names = list(LABELS)
+    threads = [threading.Thread(target=served.predict, args=(picture(0), names[n % 2])) for n in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wait_for(lambda: sum(int(size) * n for size, n in (new_sizes(served, before)).items()) >= 40, 10)
+    assert any(int(size) > 1 for size in new_sizes(served, before))
+
+
+def new_sizes(served: Served, before: dict[str, int]) -> Counter[str]:
+    return Counter(served.ask("/metrics").body["batches"]["sizes"]) - Counter(before)
+
+
+def test_what_is_wrong_with_a_request_is_said(served):
+    good = picture(0)
+    for answer, status, reason in (
+        (served.predict(b"hello", "fruit"), 415, "not a JPEG, PNG or WEBP image"),
+        (served.predict(good[:400], "fruit"), 422, "cut off"),
+        (served.predict(b"", "fruit"), 422, "empty"),
+        (served.predict(bytes(100_001), "fruit"), 413, "longer than 100,000 bytes"),
+        (served.predict(bomb(), "fruit"), 413, "2000 x 1000 pixels; at most 1,000,000"),
+        (served.predict(good, "fruit", "nobody"), 404, "No adapter is called 'nobody'"),
+        (served.predict(good, "../../etc/passwd"), 422, "cannot name an adapter"),
+        (served.predict(good), 422, "names 0 adapters"),
+        (served.ask("/adapters/..%2f..%2fx"), 422, "cannot name an adapter"),
+        (served.ask("/adapters/nobody"), 404, "No adapter is called"),
+    ):
+        assert (answer.status, reason in str(answer.body)) == (status, True), answer
+
+
+def bomb() -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (2000, 1000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def put(served: Served, name: str, folder: str, token: str | None = TOKEN):
+    return served.ask(f"/adapters/{name}", "PUT", {"folder": folder}, token)
+
+
+def ask_often(served: Served, *names: str) -> list:
+    """So often that both replicas answer."""
+    return [served.predict(picture(1), *names) for _ in range(20)]
+
+
+def test_an_adapter_is_put_replaced_and_deleted_in_all_replicas_at_once(served):
+    for version in (1, 2):
+        save_adapter(
+            served.folder / "backbone", served.folder / "adapters" / f"v{version}", ["yes", "no", "well"], version
+        )
+    assert ask_often(served, "new")[0].status == 404
+    for version in (1, 2):
+        expected = expected_scores(
+            served, "new", ["yes", "no", "well"], picture(1), served.folder / "adapters" / f"v{version}"
+        )
+        answer = put(served, "new", f"v{version}")
+        assert (answer.status, answer.body["replaced"]) == (200, version == 2), answer
+        for prediction in ask_often(served, "new", "fruit"):  # no request sees an earlier version
+            assert prediction.status == 200, prediction
+            assert scores(prediction.body)["new"] == pytest.approx(expected, abs=1e-5)
+    shown = served.ask("/adapters/new").body
+    assert (shown["labels"], shown["rank"]) == (["yes", "no", "well"], 2)
+    assert np.array(shown["norms"]).shape == (2, 6) == (len(shown["blocks"]), len(shown["matrices"]))
+    assert served.ask("/adapters/new", "DELETE", token=TOKEN).status == 200
+    assert {answer.status for answer in ask_often(served, "new")} == {404}
+    assert served.ask("/adapters/new", "DELETE", token=TOKEN).status == 404
+
+
+def test_a_put_that_is_refused_changes_nothing(served):
+    before = served.ask("/adapters").body
+    other = served.folder / "other"
+    torch.manual_seed(0)
+    deeper = ViTForImageClassification.config_class(
+        image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
+    )
+    ViTForImageClassification(deeper).save_pretrained(other)
+    save_adapter(other, served.folder / "adapters" / "deeper", ["yes", "no"], 0)
+    save_adapter(served.folder / "backbone", served.folder / "adapters" / "short", ["yes", "no"], 0)
+    file = served.folder / "adapters" / "short" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for answer, status, reason in (
+        (put(served, "fruit", "sky", token=None), 401, "Authorization"),
+        (put(served, "fruit", "sky", token="wrong"), 401, "Authorization"),
+        (served.ask("/adapters/fruit", "DELETE"), 401, "Authorization"),
+        (put(served, "a%2Fb", "sky"), 422, "cannot name an adapter"),
+        (put(served, "fruit", "../state"), 403, "not inside the folder"),
+        (put(served, "fruit", "nowhere"), 404, "not there"),
+        (put(served, "fruit", "deeper"), 422, ""),
+        (put(served, "fruit", "short"), 422, "not a whole safetensors file"),
+        (served.ask("/adapters/fruit", "PUT", {"hub": "me/beans"}, TOKEN), 403, "loads from nobody there"),
+        (served.ask("/adapters/fruit", "PUT", {}, TOKEN), 422, "Say where"),
+    ):
+        assert (answer.status, reason in str(answer.body)) == (status, True), answer
+    assert served.ask("/adapters").body == before
+    expected = expected_scores(served, "fruit", LABELS["fruit"], picture(1), served.folder / "adapters" / "fruit")
+    for answer in ask_often(served, "fruit"):
+        assert scores(answer.body)["fruit"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_killing_a_replica_under_load_loses_nothing_of_a_client_that_retries_once(served):
+    save_adapter(served.folder / "backbone", served.folder / "adapters" / "late", ["yes", "no"], 5)
+    assert put(served, "late", "late").status == 200  # not there when the replicas started
+    names = [*LABELS, "late"]
+    expected = [scores(served.predict(picture(seed), *names).body) for seed in range(4)]
+    wait_for(lambda: len(served.replicas()) == 2, 30)
+    before = served.replicas()
+    stop, counts = threading.Event(), Counter()
+
+    def client(number: int) -> None:
+        while not stop.is_set():
+            for attempt in ("at once", "by the retry", "lost"):
+                answer = served.predict(picture(number), *names) if attempt != "lost" else None
+                if answer is None or answer.status == 200:
+                    break
+            counts[attempt] += 1
+            if answer is not None and any(
+                scores(answer.body)[name] != pytest.approx(expected[number][name], abs=1e-5) for name in names
+            ):
+                counts["wrong"] += 1
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in clients:
+        thread.start()
+    time.sleep(2)
+    killed = sorted(before)[0]
+    os.kill(before[killed]["pid"], signal.SIGKILL)
+    try:
+        wait_for(lambda: set(served.replicas()) - set(before), 120)  # a new one has come
+        time.sleep(2)
+    finally:
+        stop.set()
+        for thread in clients:
+            thread.join()
+    print(f"killed 1 of 2 replicas under load: {dict(counts)}")
+    assert counts["lost"] == counts["wrong"] == 0
+    assert counts["at once"] > 50
+    wait_for(lambda: killed not in served.replicas() and len(served.replicas()) == 2, 30)
+    (new,) = set(served.replicas()) - set(before)
+    health = {}
+    wait_for(lambda: health.update({(h := served.ask("/health").body)["replica"]: h}) or new in health, 30)
+    assert health[new]["status"] == "ok"
+    assert health[new]["adapters"] == health[new]["loaded"] == len(names)
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
+    if not (CHROMIUM.exists() and CHROMEDRIVER.exists()):
+        pytest.skip(f"{CHROMIUM} or {CHROMEDRIVER} is missing: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in (
+            "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+            f"disable-component-update disable-sync user-data-dir={profile}"
+        ).split():
+            options.add_argument(f"--{flag}")
+        driver = webdriver.Chrome(options, webdriver.ChromeService(str(CHROMEDRIVER)))
+        driver.set_page_load_timeout(60)
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+
+DROP = """
+const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+const transfer = new DataTransfer();
+transfer.items.add(new File([bytes], "picture.png", { type: "image/png" }));
+document.getElementById("drop").dispatchEvent(
+  new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_in_a_browser_a_dropped_image_gets_a_bar_for_every_label_of_two_adapters(served, browser, width):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(served.url)
+    find = lambda selector: browser.find_elements("css selector", selector)  # noqa: E731
+    wait_for(lambda: find("#names input"), 30)
+    browser.execute_script(DROP, b64encode(picture(2)).decode())
+    for name in LABELS:
+        find(f"#names input[value={name}]")[0].click()
+    wait_for(lambda: len(find(".prediction")) == 2, 30)
+
+    expected = scores(served.predict(picture(2), *LABELS).body)
+    for card, name in zip(find(".prediction"), LABELS, strict=True):
+        assert card.get_attribute("data-adapter") == name
+        bars = card.find_elements("css selector", ".bar")
+        track = bars[0].find_element("css selector", ".track").rect["width"]
+        for bar, (label, score) in zip(bars, expected[name].items(), strict=True):
+            assert bar.find_element("css selector", ".label").text == label
+            assert bar.find_element("css selector", "output").text == f"{100 * score:.1f} %"
+            # Half a pixel, and a bar that may still be growing is waited for.
+            wait_for(lambda bar=bar, width=score * track: abs(width_of_fill(bar) - width) < 1, 5)
+
+    find(".prediction summary")[0].click()
+    wait_for(lambda: len(find(".prediction td")) == 2 * 6, 30)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    wait_for(lambda: "requests" in find("#metrics")[0].text, 10)
+    assert browser.get_log("browser") == []
+
+
+def width_of_fill(bar) -> float:
+    return bar.find_element("css selector", ".fill").rect["width"]
+
+
+def test_without_arguments_it_serves_adapters_trained_on_the_digits(tmp_path):
+    assert digits.prepare(tmp_path, epochs=1) == tmp_path / "backbone"
+    assert {folder.name for folder in (tmp_path / "adapters").iterdir()} == set(digits.TASKS)
+    assert len(list((tmp_path / "images").glob("*.png"))) == 10

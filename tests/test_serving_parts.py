@@ -1,0 +1,266 @@
+"""The parts of examples/serving that need no running service: what is refused, and what the replicas share."""
+
+import asyncio
+import io
+import json
+import multiprocessing
+import struct
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import make_backbone
+from catalogue import ADAPTER_FILES, Catalogue
+from metrics import Metrics, quantile
+from peft import get_peft_model
+from PIL import Image
+from settings import Settings
+from sources import check_processor, from_folder, from_hub
+from validation import Refused, check_adapters, check_name, check_token, decode_image, read_body
+
+from fact_peft import FacTConfig
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """The header of a picture of that size, and a kilobyte of zeros for its pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1_000_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def refusal(function, *arguments: object) -> Refused:
+    with pytest.raises(Refused) as caught:
+        result = function(*arguments)
+        if asyncio.iscoroutine(result):
+            asyncio.run(result)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "../a", "a\\b", "a\n", "a b", "é", "-a", "x" * 97, "a\0"])
+def test_names_that_are_paths_or_odd_are_refused(name):
+    assert (refusal(check_name, name).status, "cannot name an adapter" in refusal(check_name, name).reason) == (
+        422,
+        True,
+    )
+
+
+def test_names_of_one_request_are_known_few_and_not_repeated():
+    known = {"a": 1, "b.2": 1}
+    assert check_adapters(["b.2", "a", "b.2"], known) == ["b.2", "a"]
+    assert refusal(check_adapters, ["a", "c"], known).reason == "No adapter is called 'c'; GET /adapters lists all."
+    assert refusal(check_adapters, ["a", "c"], known).status == 404
+    assert refusal(check_adapters, ["../a"], known).status == 422
+    assert refusal(check_adapters, [], known).status == 422
+    assert refusal(check_adapters, ["a"] * 65, known).status == 422
+
+
+def test_a_token_is_wanted_only_where_one_is_set():
+    check_token(None, None)
+    check_token("Bearer right", "right")
+    for wrong in (None, "", "right", "Bearer wrong", "Bearer right ", "Bearer é"):
+        assert refusal(check_token, wrong, "right").status == 401
+
+
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+def test_a_body_over_the_limit_is_refused_by_its_header_or_when_it_has_grown():
+    assert asyncio.run(read_body(chunks(b"ab", b"c"), "3", 3)) == b"abc"
+    assert asyncio.run(read_body(chunks(b"ab", b"c"), None, 3)) == b"abc"
+
+    async def never() -> AsyncIterator[bytes]:
+        raise AssertionError("was read")
+        yield b""
+
+    assert refusal(read_body, never(), "4", 3).status == 413
+    assert refusal(read_body, chunks(b"ab", b"cd"), None, 3).status == 413
+    assert refusal(read_body, chunks(b"ab", b"cd"), "2", 3).status == 413  # a header that lies
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_pictures_are_decoded_in_three_formats(kind):
+    image = Image.new("RGB", (30, 20), (200, 10, 10))
+    decoded = decode_image(encoded(image, kind), 600)
+    assert (decoded.size, decoded.convert("RGB").getpixel((5, 5))[0] > 150) == ((30, 20), True)
+
+
+def test_a_photograph_taken_sideways_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotated by a quarter
+    assert decode_image(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif), 600).size == (20, 30)
+
+
+def test_what_is_no_picture_is_refused():
+    assert refusal(decode_image, b"", 100).status == 422
+    for data in (
+        b"hello",
+        b"\x80\x04." * 9,
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        encoded(Image.new("L", (2, 2)), "GIF"),
+    ):
+        assert (refusal(decode_image, data, 100).status, refusal(decode_image, data, 100).reason) == (
+            415,
+            "The body is not a JPEG, PNG or WEBP image.",
+        )
+
+
+@pytest.mark.parametrize("side", [5_000, 12_000, 60_000])  # below, above and far above Pillow's own limits
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(side, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("was decoded"))
+    assert refusal(decode_image, png_that_claims(side, side), 20_000_000).status == 413
+
+
+def test_damaged_pictures_are_refused_whatever_their_decoder_raises():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+    for kind in ("PNG", "JPEG", "WEBP"):
+        whole = encoded(Image.fromarray(noise.numpy()), kind)
+        assert refusal(decode_image, whole[: len(whole) // 2], 256).status in (415, 422)
+        for _ in range(200):
+            damaged = bytearray(whole)
+            for place in torch.randint(0, len(whole), (3,), generator=generator):
+                damaged[place] ^= 1 << int(torch.randint(0, 8, (), generator=generator))
+            try:
+                decode_image(bytes(damaged), 256)
+            except Refused as refused:
+                assert refused.status in (413, 415, 422)
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """Two adapters of the tiny ViT, ``a`` and ``b``."""
+    folder = tmp_path / "adapters"
+    for seed, name in enumerate("ab"):
+        vit = make_backbone("vit")
+        torch.manual_seed(seed)
+        get_peft_model(vit, FacTConfig(rank=2, init_weights=False)).save_pretrained(folder / name)
+    return folder
+
+
+def test_only_folders_below_the_allowed_one_are_loaded_from(adapters, tmp_path):
+    assert from_folder("a", adapters) == (adapters.resolve() / "a", "a")
+    (adapters / "out").symlink_to(tmp_path)
+    for name in ("", ".", "..", "../adapters", str(tmp_path), "out", "a/../.."):
+        assert refusal(from_folder, name, adapters).status == 403, name
+    assert refusal(from_folder, "c", adapters).status == 404
+
+
+def test_only_safetensors_are_loaded(adapters):
+    (adapters / "a" / "adapter_model.safetensors").rename(adapters / "a" / "adapter_model.bin")
+    refused = refusal(from_folder, "a", adapters)
+    assert refused.status == 422
+    assert refused.reason == "'a' has no adapter_model.safetensors. Only adapters saved as safetensors are loaded."
+
+
+@pytest.mark.parametrize("name", ["you/beans", "me", "me/../you/beans", "/me/beans", "me/beans/x", "http://h/me/beans"])
+def test_only_named_owners_of_the_hub_are_loaded_from(name):
+    assert refusal(from_hub, name, None, ["me"]).status == 403
+
+
+def test_an_adapter_for_other_pixels_is_refused(adapters):
+    ours = {"size": {"height": 16, "width": 16}, "image_mean": [0.5], "image_std": [0.5]}
+    check_processor(adapters / "a", ours)  # it does not say
+    (adapters / "a" / "preprocessor_config.json").write_text(json.dumps({**ours, "image_mean": [0.4]}))
+    assert "image_mean=[0.4]" in refusal(check_processor, adapters / "a", ours).reason
+    (adapters / "a" / "preprocessor_config.json").write_text(json.dumps(ours))
+    check_processor(adapters / "a", ours)
+
+
+def contents(catalogue: Catalogue) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(catalogue.state.rglob("*")) if path.is_file()}
+
+
+def test_a_catalogue_keeps_versions_apart_and_forgets_what_no_name_stands_for(adapters, tmp_path):
+    catalogue = Catalogue(tmp_path / "state")
+    first = catalogue.put("x", adapters / "a", "a")
+    assert catalogue.put("y", adapters / "a", "a") == first  # the same files once
+    second = catalogue.put("x", adapters / "b", "b")
+    assert second != first
+    assert {path.name for path in (catalogue.state / "files").iterdir()} == {first.files, second.files}
+    for file in ADAPTER_FILES:
+        assert (catalogue.folder(second) / file).read_bytes() == (adapters / "b" / file).read_bytes()
+    catalogue.remove("y")
+    assert [path.name for path in (catalogue.state / "files").iterdir()] == [second.files]
+    assert Catalogue(tmp_path / "state").read() == {"x": second}
+    with pytest.raises(KeyError):
+        catalogue.remove("y")
+
+
+def test_a_copy_that_is_refused_leaves_the_catalogue_as_it_was(adapters, tmp_path):
+    catalogue = Catalogue(tmp_path / "state")
+    catalogue.put("x", adapters / "a", "a")
+    before, stamp = contents(catalogue), catalogue.stamp()
+
+    def refuse(folder: Path) -> None:
+        assert (folder / "adapter_model.safetensors").is_file()
+        raise Refused(422, "no")
+
+    assert refusal(catalogue.put, "x", adapters / "b", "b", refuse).reason == "no"
+    assert (contents(catalogue), catalogue.stamp()) == (before, stamp)
+    with pytest.raises(FileNotFoundError):
+        catalogue.put("x", tmp_path / "nowhere", "b")
+    assert (contents(catalogue), catalogue.stamp()) == (before, stamp)
+
+
+def put_many(state: Path, adapter: Path, first: int) -> None:
+    for number in range(first, first + 20):
+        Catalogue(state).put(f"n{number}", adapter, "")
+
+
+def test_writers_in_several_processes_lose_nothing(adapters, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    writers = [
+        context.Process(target=put_many, args=(tmp_path / "state", adapters / name, first))
+        for name, first in (("a", 0), ("b", 20))
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    catalogue = Catalogue(tmp_path / "state")
+    assert len(catalogue.read()) == 40
+    assert len(list((catalogue.state / "files").iterdir())) == 2
+
+
+def test_counts_of_replicas_add_up_also_of_one_that_died(tmp_path):
+    first, second = Metrics(tmp_path, "first"), Metrics(tmp_path, "second")
+    for milliseconds in range(1, 101):
+        (first if milliseconds % 2 else second).count_request(200, milliseconds / 1000)
+    first.count_request(404, 9.0)
+    first.count_batch(3)
+    second.count_batch(1)
+    first.write({"resident": 2})
+    second.write({"resident": 2})
+    long_ago = {**json.loads(first.file.read_text()), "time": 0}
+    first.file.write_text(json.dumps(long_ago))
+    summary = second.summary()
+    assert summary["requests"] == {"total": 101, "200": 100, "404": 1}
+    assert summary["batches"] == {"total": 2, "mean_size": 2.0, "sizes": {"1": 1, "3": 1}}
+    assert {name: replica["pool"] for name, replica in summary["replicas"].items()} == {"second": {"resident": 2}}
+    for name, exact in (("p50", 50), ("p95", 95), ("p99", 99)):
+        assert summary["latency_ms"][name] == pytest.approx(exact, rel=0.06)  # bins grow by a tenth, and 50.5 is 50
+    assert quantile(Metrics(tmp_path, "third").latencies, 0.5) is None
+
+
+def test_a_service_open_to_the_network_needs_a_token(monkeypatch):
+    monkeypatch.delenv("SERVING_TOKEN", raising=False)
+    assert Settings(port="8001").port == 8001  # as `serve run` passes it
+    with pytest.raises(ValueError, match="set the environment variable SERVING_TOKEN"):
+        Settings(host="0.0.0.0")
+    monkeypatch.setenv("SERVING_TOKEN", "t")
+    assert Settings(host="0.0.0.0").host == "0.0.0.0"
