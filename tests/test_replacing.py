@@ -59,8 +59,10 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-# From one to another: only weights and image processor differ; the config too; from nothing.
-@pytest.mark.parametrize("old, new", [(1, 2), (2, 3), (3, 4), (None, 1)])
+# From one to another: the config differs too; only weights and image processor; from nothing.
+@pytest.mark.parametrize(
+    "old, new", [(2, 3), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(1, 2), (3, 4), (None, 1)])]
+)
 @pytest.mark.parametrize("how", ["killed", "full"])
 def test_old_or_new_at_every_step(how, old, new, steps, tmp_path):
     # As in a process that is killed, nothing that comes after can clean up; on a full disk it can.

@@ -134,7 +134,7 @@ def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, floa
 def usage(config: FacTConfig, name: str, has_base: bool) -> list[str]:
     """The code that loads the adapter, as Markdown."""
     architecture = base_class(config).__name__
-    base = config.base_model_name_or_path if has_base else "name or folder of the base model"
+    base = str(config.base_model_name_or_path) if has_base else "name or folder of the base model"
     arguments = f", num_labels={len(config.labels)}, ignore_mismatched_sizes=True" if config.labels else ""
     if has_base and config.revision:
         arguments += f", revision={for_python(config.revision)}"
