@@ -14,8 +14,8 @@ from ..tuner.config import FacTConfig
 
 def base_class(config: FacTConfig) -> Any:
     """The class the adapter was trained on, if transformers has it; else ``AutoModelForImageClassification``."""
-    name = (config.auto_mapping or {}).get("base_model_class", "")
-    found = getattr(transformers, name, None)
+    mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    found = getattr(transformers, str(mapping.get("base_model_class")), None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     return AutoModelForImageClassification

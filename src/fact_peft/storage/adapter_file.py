@@ -17,13 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .replacing import replacing_files
+
 
 def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, state_dict: Mapping[str, Tensor]) -> None:
     """Save an adapter of any method as ``PeftModel.from_pretrained`` loads it, without a model at hand."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().contiguous() for name, value in state_dict.items()}
-    save_file(tensors, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    with replacing_files(folder) as incoming:
+        save_file(tensors, incoming / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(incoming))
 
 
 def adapter_files(adapter: str, subfolder: str | None = None, **download: Any) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -157,6 +157,11 @@ class FacTConfig(PeftConfig):
             if not isinstance(self.layout, list) or not all(isinstance(line, str) for line in self.layout):
                 raise ValueError(f"layout={self.layout!r} is not a list of strings; leave it None for a new adapter.")
             read_layout(self.layout)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved: sets as sorted lists, so that equal configs make equal files."""
+        fields = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
     def _check_rank(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int):

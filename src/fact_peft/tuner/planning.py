@@ -21,6 +21,7 @@ from ..architecture.heads import find_classifiers
 from ..architecture.labels import fitting_labels
 from ..architecture.linears import base_of, find_linears, walk
 from ..method.tensorization import Slices, describe_layout, read_layout, tensorize
+from ..storage.hub import with_folders_marked
 from .config import FacTConfig
 from .factors import FACTORS, SharedFactors
 from .layer import find_quantization
@@ -46,6 +47,7 @@ def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, 
             config carries the layout of other layers, or the model has something else in the place of the factors.
     """
     config = copy.copy(asked)
+    config.base_model_name_or_path = with_folders_marked(config.base_model_name_or_path)
     if config.modules_to_save is None:
         classifiers = find_classifiers(model)
         if classifiers:

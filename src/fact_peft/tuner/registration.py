@@ -7,6 +7,7 @@ is added to the enum: it pickles, iterates, compares and prints as the built-in 
 import functools
 import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -17,6 +18,7 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ..storage.replacing import finish_replacing
 from .config import FacTConfig
 from .contents import check_contents, check_saved_adapter
 from .mismatch import heeding_mismatch
@@ -63,6 +65,8 @@ def register(config_cls: type, model_cls: type[BaseTuner]) -> None:
 def check_adapters_before_they_load() -> None:
     """Have what PEFT and transformers load as a FacT adapter checked before a model is touched.
 
+    And an interrupted save finished before it is read, see `storage/replacing.py`.
+
     All of PEFT reads the config of a saved adapter with ``PeftConfig.from_pretrained``, and so does transformers, which
     then injects the layers and copies whatever the file has a name for, with no hook between. Tensors that it is given
     by hand pass that by.
@@ -73,6 +77,7 @@ def check_adapters_before_they_load() -> None:
 
     @functools.wraps(read_config)
     def read_config_and_check(cls: type[PeftConfig], adapter: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        finish_replacing(Path(adapter, subfolder or ""))
         config = read_config(cls, adapter, subfolder=subfolder, **kwargs)
         if isinstance(config, FacTConfig):
             download, _, _ = cls._split_kwargs(kwargs)
