@@ -42,7 +42,12 @@ class FacTLayer(BaseTunerLayer):
 
 
 class SharedFactors(nn.ModuleDict):
-    """The stacks of a model by slice shape."""
+    """The stacks of a model by slice shape.
+
+    On an ``nn.Sequential`` they are one more child, the last: whoever indexes, slices, counts or iterates over an
+    adapted one meets it (``model[:-1]`` drops the factors, not the head). Since the factors must be a parameter of the
+    adapted model itself, they can be nowhere else there; adapt a module that holds the Sequential instead.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass through, so that an ``nn.Sequential``, which calls all its children, can carry the factors too."""

@@ -147,8 +147,10 @@ class FacTLinear(nn.Module, FacTLayer):
         """The adapted weight, for code that reads it instead of calling the layer, as timm's EVA, BEiT and Swin v2 do.
 
         Differentiable in the factors; without dropout. In a mixed batch it is another matrix for every image, see
-        `PerImageWeight`. A sharded or quantised weight is returned as it is: most code
-        wants its dtype or device only.
+        `PerImageWeight`. A sharded or quantised weight is returned as it is: most code wants its dtype or device only.
+
+        While an adapter is active and not merged this is a result, made anew at every reading: what is written into it
+        is lost. The place to write to is ``base_layer.weight``.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()

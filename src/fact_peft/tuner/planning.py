@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers
@@ -44,8 +45,10 @@ def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, 
     Raises:
         NoMatchingPeftModuleError: If nothing is targeted.
         ValueError: If labels or head do not fit, a target is not a linear layer, the rank exceeds a layer's width, the
-            config carries the layout of other layers, or the model has something else in the place of the factors.
+            config carries the layout of other layers, the model has something else in the place of the factors, or
+            it is already sharded.
     """
+    check_not_sharded(model)
     config = copy.copy(asked)
     config.base_model_name_or_path = with_folders_marked(config.base_model_name_or_path)
     if config.modules_to_save is None:
@@ -119,6 +122,23 @@ def is_targeted(config: Any, name: str) -> Any:
     # PEFT looks for an index behind two names. With a dot more, blocks right under a timm model ("blocks.0") and stages
     # there ("layers.0.blocks.0") are counted as the deeper ones of transformers are.
     return check_target_module_exists(config, f".{name}")
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Refuse a model that is already spread over processes by FSDP2 or tensor parallelism.
+
+    Factors made now would lie whole on every rank, and nobody would sum their gradients: one adapter a rank.
+
+    Raises:
+        ValueError: If a parameter is a DTensor.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name} of {type(model).__name__} is already sharded over processes ({parameter.device_mesh}), so "
+                "every rank would train an adapter of its own. Make or load the adapter first and shard the whole "
+                "then, with fully_shard, accelerate or Trainer; load the base without a distributed_config."
+            )
 
 
 def check_adapter_name(adapter_name: str) -> None:
