@@ -172,7 +172,8 @@ def budget_table(columns: Mapping[str, pd.DataFrame], ours: str) -> str:
     rows = []
     for budget in sorted({size for group in groups for size, _ in group[ours]}):
         cells = [budget_cell(group, ours, budget) for group in groups]
-        rows.append([f"{budget:,.0f}", *cells])
+        if any(cells):
+            rows.append([f"{budget:,.0f}", *cells])
     return table(["parameters, at most", *columns], rows)
 
 
