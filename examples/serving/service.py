@@ -76,7 +76,7 @@ class Service:
         vit = load_backbone(settings)
         self.mode = "L" if getattr(vit.config, "num_channels", 3) == 1 else "RGB"
         self.catalogue = Catalogue(Path(settings.state))
-        self.pool = ServedPool(make_pool(vit, settings), self.catalogue)
+        self.pool = ServedPool(make_pool(vit, settings), self.catalogue, vit.device)
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.metrics = Metrics(Path(settings.state, "metrics"), self.replica)
         self.classify.set_max_batch_size(settings.max_batch_size)
