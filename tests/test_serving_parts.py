@@ -16,8 +16,9 @@ from catalogue import ADAPTER_FILES, Catalogue
 from metrics import Metrics, quantile
 from peft import get_peft_model
 from PIL import Image
+from served_pool import ServedPool
 from settings import Settings
-from sources import check_processor, from_folder, from_hub
+from sources import check_processor, check_source, from_folder, from_hub
 from validation import Refused, check_adapters, check_name, check_token, decode_image, read_body
 
 from fact_peft import FacTConfig
@@ -159,6 +160,13 @@ def test_only_folders_below_the_allowed_one_are_loaded_from(adapters, tmp_path):
     assert refusal(from_folder, "c", adapters).status == 404
 
 
+def test_a_source_is_a_folder_or_a_repository():
+    assert check_source(b'{"folder": "a"}').folder == "a"
+    assert check_source(b'{"hub": "me/a", "revision": "v1"}').revision == "v1"
+    for body in (b"", b"x", b"[]", b"{}", b'{"folder": 1}', b'{"folder": "a", "hub": "me/a"}'):
+        assert refusal(check_source, body).status == 422
+
+
 def test_only_safetensors_are_loaded(adapters):
     (adapters / "a" / "adapter_model.safetensors").rename(adapters / "a" / "adapter_model.bin")
     refused = refusal(from_folder, "a", adapters)
@@ -264,3 +272,79 @@ def test_a_service_open_to_the_network_needs_a_token(monkeypatch):
         Settings(host="0.0.0.0")
     monkeypatch.setenv("SERVING_TOKEN", "t")
     assert Settings(host="0.0.0.0").host == "0.0.0.0"
+
+
+class Recorded:
+    """Stands for a pool: remembers what it loaded, and refuses what `broken` names."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+        self.broken: set[str] = set()
+        self.loads = 0
+
+    def load(self, name: str, folder: Path) -> None:
+        self.loads += 1
+        if name in self.broken:
+            raise ValueError("broken")
+        self.held[name] = (folder / "adapter_model.safetensors").read_bytes()
+
+    def unload(self, name: str) -> None:
+        del self.held[name]
+
+    def __call__(self, pixels: torch.Tensor, names: list[str]) -> list[tuple[float, bytes]]:
+        return [(image.sum().item(), self.held[name]) for image, name in zip(pixels, names, strict=True)]
+
+
+def test_a_pool_follows_the_catalogue_and_loads_only_what_changed(adapters, tmp_path):
+    catalogue = Catalogue(tmp_path / "state")
+    weights = {name: (adapters / name / "adapter_model.safetensors").read_bytes() for name in "ab"}
+    catalogue.put("x", adapters / "a", "a")
+    catalogue.put("y", adapters / "a", "a")
+    served = ServedPool(pool := Recorded(), catalogue)
+    assert (pool.held, pool.loads) == ({"x": weights["a"], "y": weights["a"]}, 2)
+
+    another = Catalogue(tmp_path / "state")  # as in another replica
+    another.put("y", adapters / "b", "b")
+    another.put("z", adapters / "b", "b")
+    another.remove("x")
+    assert list(served.known()) == ["y", "z"]
+    one, two = torch.ones(1, 1, 1), 2 * torch.ones(1, 1, 1)
+    answers = served.classify([(one, "y"), (one, "x"), (two, "z")])
+    assert (answers[0], answers[2]) == ((1.0, weights["b"]), (2.0, weights["b"]))
+    assert (answers[1].status, answers[1].reason) == (404, "The adapter 'x' was deleted while the request was waiting.")
+    assert (pool.held, pool.loads) == ({"y": weights["b"], "z": weights["b"]}, 4)
+    assert served.classify([(one, "x")])[0].status == 404
+    assert served.health() == {"status": "ok", "adapters": 2, "loaded": 2, "failed": {}}
+
+
+def test_an_adapter_that_does_not_load_is_missed_alone_and_never_served_in_an_earlier_version(adapters, tmp_path):
+    catalogue = Catalogue(tmp_path / "state")
+    catalogue.put("x", adapters / "a", "a")
+    catalogue.put("y", adapters / "a", "a")
+    served = ServedPool(pool := Recorded(), catalogue)
+    pool.broken.add("y")
+    catalogue.put("y", adapters / "b", "b")
+    pixels = torch.ones(1, 1, 1)
+    good, bad = served.classify([(pixels, "x"), (pixels, "y")])
+    assert good[1] == pool.held["x"]
+    assert (bad.status, bad.reason) == (503, "The adapter 'y' could not be loaded: broken")
+    assert served.health() == {"status": "incomplete", "adapters": 2, "loaded": 1, "failed": {"y": "broken"}}
+    pool.broken.clear()
+    catalogue.put("y", adapters / "a", "a")
+    assert served.health()["status"] == "ok"
+
+
+def test_a_change_in_the_middle_of_following_is_followed_too(adapters, tmp_path):
+    catalogue = Catalogue(tmp_path / "state")
+    pool = Recorded()
+
+    def load(name: str, folder: Path) -> None:
+        if name == "x" and not pool.loads:
+            catalogue.put("x", adapters / "b", "b")  # whose files take the place of those about to be read
+        Recorded.load(pool, name, folder)
+
+    pool.load = load
+    catalogue.put("x", adapters / "a", "a")
+    served = ServedPool(pool, catalogue)
+    assert pool.held == {"x": (adapters / "b" / "adapter_model.safetensors").read_bytes()}
+    assert served.health()["status"] == "ok"

@@ -127,9 +127,8 @@ def batches(url: str) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8, help="of every rate (default: 8)")
-    parser.add_argument(
-        "--served", nargs="+", help="only these (default: all)", choices={line.served for line in LINES}
-    )
+    served = list(dict.fromkeys(line.served for line in LINES))
+    parser.add_argument("--served", nargs="+", choices=served, default=served, help="what to measure (default: all)")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help=f"requests a second (default: {RATES})")
     parser.add_argument("--adapters", type=int, help="at most so many adapters (for a try)")
     parser.add_argument("--port", type=int, default=8765)

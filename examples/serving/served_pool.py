@@ -19,10 +19,11 @@ class ServedPool:
     Args:
         pool: Takes the adapters.
         catalogue: Says which.
+        device: Where the pool wants its pixels.
     """
 
-    def __init__(self, pool: AdapterPool, catalogue: Catalogue) -> None:
-        self.pool, self.catalogue = pool, catalogue
+    def __init__(self, pool: AdapterPool, catalogue: Catalogue, device: torch.device | str = "cpu") -> None:
+        self.pool, self.catalogue, self.device = pool, catalogue, device
         self.lock = threading.Lock()  # between those who bring the pool up to date and those who use it
         self.stamp: object = self  # unlike that of any manifest
         self.entries: dict[str, Entry] = {}  # what the manifest said when the pool was last brought up to date
@@ -42,7 +43,8 @@ class ServedPool:
             answers = [self.why_not(name) for _, name in items]
             if present:
                 pixels, names = zip(*(items[index] for index in present), strict=True)
-                for index, prediction in zip(present, self.pool(torch.stack(pixels), list(names)), strict=True):
+                predictions = self.pool(torch.stack(pixels).to(self.device), list(names))
+                for index, prediction in zip(present, predictions, strict=True):
                     answers[index] = prediction
             return answers
 

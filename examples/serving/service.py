@@ -14,11 +14,10 @@ from catalogue import Catalogue
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse
 from metrics import Metrics
-from pydantic import BaseModel
 from ray import serve
 from served_pool import ServedPool
 from settings import Settings
-from sources import check_processor, from_folder, from_hub
+from sources import MAX_SOURCE_BYTES, Source, check_processor, check_source, from_folder, from_hub
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from validation import Refused, check_adapters, check_name, check_token, decode_image, read_body
@@ -27,14 +26,6 @@ from fact_peft import AdapterPool, Prediction
 from fact_peft.operations.inspection import increment_map
 
 app = FastAPI(title="Adapters on one vision transformer", docs_url=None, redoc_url=None)
-
-
-class Source(BaseModel):
-    """Body of PUT: one of both, with a branch, tag or commit of a repository on the Hub."""
-
-    folder: str | None = None
-    hub: str | None = None
-    revision: str | None = None
 
 
 @app.exception_handler(Refused)
@@ -66,7 +57,7 @@ def unknown(name: str) -> Refused:
 
 
 # Ray Serve copies the class as it stands here: what it uses of this file is above.
-@serve.deployment(max_ongoing_requests=256, health_check_period_s=2)
+@serve.deployment(max_ongoing_requests=256, max_queued_requests=1000, health_check_period_s=2)
 @serve.ingress(app)
 class Service:
     """One replica.
@@ -85,7 +76,7 @@ class Service:
         vit = load_backbone(settings)
         self.mode = "L" if getattr(vit.config, "num_channels", 3) == 1 else "RGB"
         self.catalogue = Catalogue(Path(settings.state))
-        self.pool = ServedPool(make_pool(vit, settings), self.catalogue)
+        self.pool = ServedPool(make_pool(vit, settings), self.catalogue, vit.device)
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.metrics = Metrics(Path(settings.state, "metrics"), self.replica)
         self.classify.set_max_batch_size(settings.max_batch_size)
@@ -141,19 +132,12 @@ class Service:
         }
 
     @app.put("/adapters/{name:path}")
-    def put_adapter(self, name: str, source: Source, request: Request) -> dict:
+    async def put_adapter(self, name: str, request: Request) -> dict:
         """Load an adapter, or a new version of it, into all replicas. One that does not fit changes nothing."""
         check_token(request.headers.get("authorization"), self.token)
         check_name(name)
-        if (source.folder is None) == (source.hub is None):
-            raise Refused(422, 'Say where the adapter lies: {"folder": "NAME"} or {"hub": "OWNER/NAME"}.')
-        if source.folder is not None:
-            folder, described = from_folder(source.folder, Path(self.settings.adapters))
-        else:
-            folder, described = from_hub(source.hub, source.revision, self.settings.hub_owners)
-        replaced = name in self.pool.known()
-        self.catalogue.put(name, folder, described, self.try_loading)
-        return {"name": name, "source": described, "replaced": replaced}
+        body = await read_body(request.stream(), request.headers.get("content-length"), MAX_SOURCE_BYTES)
+        return await asyncio.to_thread(self.load, name, check_source(body))
 
     @app.delete("/adapters/{name:path}")
     def delete_adapter(self, name: str, request: Request) -> dict:
@@ -185,6 +169,15 @@ class Service:
         """Pixels (channels, height, width) of an encoded image, as the model wants them."""
         image = decode_image(data, self.settings.max_pixels)
         return self.processor(image.convert(self.mode), return_tensors="pt")["pixel_values"][0]
+
+    def load(self, name: str, source: Source) -> dict:
+        if source.folder is not None:
+            files, described = from_folder(source.folder, Path(self.settings.adapters))
+        else:
+            files, described = from_hub(source.hub, source.revision, self.settings.hub_owners)
+        replaced = name in self.pool.known()
+        self.catalogue.put(name, files, described, self.try_loading)
+        return {"name": name, "source": described, "replaced": replaced}
 
     def try_loading(self, folder: Path) -> None:
         """Refuse what the pool refuses, under a name that no request can have."""

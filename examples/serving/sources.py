@@ -6,9 +6,29 @@ from pathlib import Path
 
 from catalogue import ADAPTER_FILES, PROCESSOR_FILE
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel, ValidationError
 from validation import Refused
 
+MAX_SOURCE_BYTES = 10_000
 HUB_ID = re.compile(r"([\w.-]+)/[\w.-]+")
+
+
+class Source(BaseModel):
+    """Body of PUT: one of both, with a branch, tag or commit of a repository on the Hub."""
+
+    folder: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+
+
+def check_source(body: bytes) -> Source:
+    try:
+        source = Source.model_validate_json(body)
+    except ValidationError as error:
+        raise Refused(422, f"The body does not say where the adapter lies: {error.errors()[0]['msg']}.") from error
+    if (source.folder is None) == (source.hub is None):
+        raise Refused(422, 'Say where the adapter lies: {"folder": "NAME"} or {"hub": "OWNER/NAME"}.')
+    return source
 
 
 def from_folder(name: str, allowed: Path) -> tuple[Path, str]:
