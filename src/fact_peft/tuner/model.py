@@ -17,6 +17,7 @@ from peft.utils.other import _set_adapter as activate_heads
 from torch import Tensor, nn
 
 from ..architecture.labels import current_labels
+from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import Slices, stack_sizes
 from ..storage.adapter_file import is_finite
 from ..storage.quoting import for_terminal
@@ -71,6 +72,7 @@ class FacTModel(BaseTuner):
             self._restore_config(adapter_name)
             raise
         self._forget(adapter_name)
+        open_attentions(model, self._plan)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         adopt_heads(model)
         if adapter_name in self.active_adapters:
@@ -246,6 +248,7 @@ class FacTModel(BaseTuner):
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if hasattr(self.model, FACTORS):
             delattr(self.model, FACTORS)
+        close_attentions(self.model)
         return self.model
 
     def _check_merge_is_finite(self, adapter_names: list[str] | None) -> None:

@@ -21,6 +21,7 @@ from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers
 from ..architecture.labels import fitting_labels
 from ..architecture.linears import base_of, find_linears, walk
+from ..architecture.multihead import IN_PROJ
 from ..method.tensorization import Slices, describe_layout, read_layout, tensorize
 from ..storage.hub import with_folders_marked
 from .config import FacTConfig
@@ -66,11 +67,15 @@ def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, 
         config.labels = fitting_labels(None, model, heads)
     if config.target_modules is None:
         config.target_modules = default_targets(config, model)
+    all_linear = str(config.target_modules).lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
+    if all_linear:  # PEFT looks for modules, which an in_proj becomes only later
+        assert isinstance(config.target_modules, set)
+        config.target_modules |= {name for name in find_linears(model) if name.rpartition(".")[2] == IN_PROJ}
     targets = config.target_modules
     if isinstance(targets, set) and targets and targets is not asked.target_modules:
         # As suffixes, so that a deeper model matches more layers than the layout lists, and is noticed.
-        others = {name for name, _ in walk(model)} - targets
+        others = {*(name for name, _ in walk(model)), *find_linears(model)} - targets
         config.target_modules = _find_minimal_target_modules(targets, others)
     return config, plan_slices(config, model)
 
@@ -170,19 +175,17 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
             f"{type(model).__name__} has an attribute {FACTORS!r} of its own, where FacT registers the shared factors; "
             "rename it, or adapt a submodule."
         )
-    linears = find_linears(model)
-    targets = {}
-    for name, module in walk(model):
-        if not is_targeted(config, name):
-            continue
-        if name not in linears:
+    linears, modules = find_linears(model), dict(walk(model))
+    for name, module in modules.items():
+        if name not in linears and is_targeted(config, name):
             raise ValueError(
                 f"target_modules={config.target_modules!r} matches {name}, a {type(module).__name__}; FacT adapts "
-                "nn.Linear and Conv1D layers that are called as modules. Name linear layers only, or leave "
-                "target_modules=None to adapt all of them inside the transformer blocks."
+                "nn.Linear and Conv1D layers, and in_proj and out_proj of nn.MultiheadAttention. Name linear layers "
+                "only, or leave target_modules=None to adapt all of them inside the transformer blocks."
             )
-        targets[name] = linears[name]
-        if config.fan_in_fan_out and isinstance(base_of(module), nn.Linear):
+    targets = {name: shape for name, shape in linears.items() if is_targeted(config, name)}
+    for name in targets:
+        if config.fan_in_fan_out and name in modules and isinstance(base_of(modules[name]), nn.Linear):
             warnings.warn(
                 f"fan_in_fan_out=True, but {name} is an nn.Linear, which stores its weight as (out, in); "
                 "setting fan_in_fan_out=False.",
