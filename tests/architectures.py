@@ -26,7 +26,8 @@ class Architecture:
     """A model class with the settings that make it tiny.
 
     Attributes:
-        model: Name of a class of transformers, or ``"timm/<model>"``, ``"torchvision/<class>"``, ``"open_clip/<class>"``.
+        model: Name of a class of transformers, or ``"timm/<model>"``, ``"torchvision/<class>"``, or
+            ``"open_clip/<class>"``.
         tiny: Settings of the tiny model: arguments of its config, or of ``timm.create_model``.
         inputs: Makes a batch for the tiny model.
         targets: Regex for the linear layers inside the blocks, nothing else.
