@@ -125,8 +125,8 @@ def test_model_without_blocks_asks_for_targets():
 
 
 def test_projection_that_is_read_but_never_called_is_refused():
-    model = nn.TransformerEncoderLayer(8, 2, 16)
-    with pytest.raises(ValueError, match=r"self_attn.out_proj.* called as modules"):
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4, vdim=4))  # q, k and v of different widths
+    with pytest.raises(ValueError, match=r"matches 0.out_proj, .* FacT adapts nn.Linear and Conv1D"):
         get_peft_model(model, FacTConfig(rank=2, target_modules=["out_proj"]))
 
 

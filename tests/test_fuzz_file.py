@@ -129,7 +129,7 @@ def test_damaged_file_is_refused_without_a_trace_or_loaded_to_finite_numbers(dam
     adapt, load = LOADS[way]
 
     @settings(
-        max_examples=12,
+        max_examples=5,
         derandomize=True,
         deadline=None,
         database=None,
