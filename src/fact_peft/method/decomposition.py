@@ -111,7 +111,7 @@ class Decomposition(ABC):
 
     @abstractmethod
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
-        """Sigma_k for the slices first <= k < first + count: (count, r, r)."""
+        """Sigma_k for the slices first <= k < first + count: (..., count, r, r) of factors with axes in front."""
 
     @abstractmethod
     def num_slices(self, factors: Mapping[str, Tensor]) -> int:
@@ -163,10 +163,10 @@ class TensorTrain(Decomposition):
         init_as_linear(factors["Sigma"], fan_in=factors["Sigma"].shape[-1])
 
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
-        return factors["Sigma"].narrow(0, first, count)
+        return factors["Sigma"].narrow(-3, first, count)
 
     def num_slices(self, factors: Mapping[str, Tensor]) -> int:
-        return factors["Sigma"].shape[0]
+        return factors["Sigma"].shape[-3]
 
 
 class Tucker(Decomposition):
@@ -183,11 +183,11 @@ class Tucker(Decomposition):
         nn.init.xavier_uniform_(factors["P"])
 
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
-        P, C = factors["P"].narrow(0, first, count), factors["C"]
-        return (P @ C.flatten(1)).view(count, *C.shape[1:])
+        P, C = factors["P"].narrow(-2, first, count), factors["C"]
+        return (P @ C.flatten(-2)).unflatten(-1, C.shape[-2:])
 
     def num_slices(self, factors: Mapping[str, Tensor]) -> int:
-        return factors["P"].shape[0]
+        return factors["P"].shape[-2]
 
 
 DECOMPOSITIONS: dict[str, Decomposition] = {"tt": TensorTrain(), "tk": Tucker()}

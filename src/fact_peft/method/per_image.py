@@ -26,7 +26,7 @@ class FactorBank:
 
     Attributes:
         U: (n, d, r).
-        cores: (n, N + 1, r, r), scales included. The last slice of each is zero, for layers an adapter does not have.
+        cores: (n, N, r, r), scales included.
         V: (n, e, r).
     """
 
@@ -43,7 +43,7 @@ class FactorBank:
 
 
 def bank(adapters: Sequence[tuple[Tensor, Tensor, Tensor] | None], scales: Sequence[float]) -> FactorBank:
-    """Put adapters side by side.
+    """Put adapters side by side. A slice of zeros stands behind those they have, for layers that one does not have.
 
     Args:
         adapters: U (d, r), cores (N, r, r) and V (e, r) of each, where r and N may differ; None for one that has no

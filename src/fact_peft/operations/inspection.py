@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,11 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from torch import Tensor
 
 from ..method.decomposition import DECOMPOSITIONS, core_matrix, increment_norm
-from ..method.tensorization import Slices, read_layout, split_at_block, tensorize
+from ..method.tensorization import Slices, slices_of, split_at_block
+from ..storage.adapter_file import read_tensors
 from ..storage.hub import is_hub_id
 from ..storage.quoting import for_terminal
 from ..tuner.config import FacTConfig
@@ -42,16 +43,18 @@ class SavedAdapter:
     others: dict[str, Tensor]
 
     @property
-    def slices(self) -> dict[str, Slices]:
+    def slices(self) -> Mapping[str, Slices]:
         """The slices of every adapted layer, by the layer's name."""
-        return tensorize(read_layout(self.config.layout or []))
+        return slices_of(tuple(self.config.layout or ()))
 
 
-def read_adapter(adapter: str | Path) -> SavedAdapter:
+def read_adapter(adapter: str | Path, revision: str | None = None, token: str | bool | None = None) -> SavedAdapter:
     """Read an adapter.
 
     Args:
         adapter: Its folder, or its name on the Hub, from where it is downloaded.
+        revision: Branch, tag or commit of the repository on the Hub.
+        token: Hub token.
 
     Raises:
         ValueError: If it is an adapter of another method, or its file is damaged, renamed or missing.
@@ -60,7 +63,8 @@ def read_adapter(adapter: str | Path) -> SavedAdapter:
     if not folder.exists():
         if not is_hub_id(str(adapter)):
             raise ValueError(f"{str(adapter)!r} is neither a folder nor a name on the Hub.")
-        folder = Path(snapshot_download(str(adapter), allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]))
+        files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+        folder = Path(snapshot_download(str(adapter), revision=revision, token=token, allow_patterns=files))
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{folder} has no {CONFIG_NAME}; pass the folder that an adapter was saved in.")
     try:
@@ -75,17 +79,21 @@ def read_adapter(adapter: str | Path) -> SavedAdapter:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter there with save_pretrained.")
+    return SavedAdapter(folder, config, *split_tensors(read_tensors(file)))
+
+
+def split_tensors(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The factors by stack and paper letter, and all other tensors by name, of what an adapter is saved as."""
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     others = {}
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():
-            owner, _, name = key.rpartition(".")
-            container, _, stack = owner.rpartition(".")
-            if name.startswith("fact_") and container.rpartition(".")[2] == FACTORS:
-                factors[stack][name.removeprefix("fact_")] = tensors.get_tensor(key)
-            else:
-                others[key.removeprefix("base_model.model.")] = tensors.get_tensor(key)
-    return SavedAdapter(folder, config, dict(factors), others)
+    for key, tensor in tensors:
+        owner, _, name = key.rpartition(".")
+        container, _, stack = owner.rpartition(".")
+        if name.startswith("fact_") and container.rpartition(".")[2] == FACTORS:
+            factors[stack][name.removeprefix("fact_")] = tensor
+        else:
+            others[key.removeprefix("base_model.model.")] = tensor
+    return dict(factors), others
 
 
 def increment_norms(adapter: SavedAdapter) -> dict[str, float]:

@@ -20,8 +20,59 @@ from .factors import FacTStack
 BASE = "__base__"  # PEFT's name for no adapter
 
 
-class MixedBatch:
-    """The adapters of the images of one batch, and what the layers share while they compute it."""
+class PerImageCall:
+    """What the layers share while they compute one batch in which every image has factors of its own."""
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
+        self._last_read: tuple[Tensor, int, Tensor, Tensor] | None = None
+
+    def by_image(self, x: Tensor) -> Tensor:
+        """View the input or output (R, ..., n) of a layer as (images, rows of one, n).
+
+        The first axis may be longer than the batch: Swin folds the windows of an image into it, image by image.
+
+        Raises:
+            ValueError: If the first axis is no multiple of the number of images.
+        """
+        if len(x) % self.num_images != 0:
+            raise ValueError(
+                f"There is one adapter for each of {self.num_images} images, but a layer is called with a batch of "
+                f"{len(x)}: pass one name per image. If the batch has as many images, this model calls layers with "
+                "what belongs to no image, and cannot have one adapter per image."
+            )
+        return x.reshape(self.num_images, -1, x.shape[-1])
+
+    def add(self, x: Tensor, y: Tensor, factors: FactorBank, cores: Tensor, in_place: bool) -> Tensor:
+        """y + x dW, for every image its own dW.
+
+        Args:
+            x: Input of a layer, (R, ..., in).
+            y: Its output without adapters, (R, ..., out).
+            factors: U and V of every image, in the precision to multiply in.
+            cores: Its cores of the layer's slices, (images, a, b, r, r).
+            in_place: Write the sum into `y`, if it is contiguous.
+        """
+        h = self._read(x, factors.U)
+        added = write_per_image(h, cores, factors.V, self.by_image(y), in_place and y.is_contiguous())
+        return added.view(y.shape)
+
+    def _read(self, x: Tensor, U: Tensor) -> Tensor:
+        """x (I (x) U), once for all layers that read the same x, as q, k and v do."""
+        # A compiler finds equal products by itself. Inference tensors do not tell when they are written to.
+        if torch.compiler.is_compiling() or x.is_inference():
+            return read_per_image(self.by_image(x).to(U.dtype), U)
+        if self._last_read is not None:
+            last_x, last_version, last_U, h = self._last_read
+            if last_x is x and last_version == x._version and last_U is U:
+                return h
+        h = read_per_image(self.by_image(x).to(U.dtype), U)
+        self._last_read = (x, x._version, U, h)
+        return h
+
+
+class MixedBatch(PerImageCall):
+    """A batch of which every image names an adapter of the model."""
 
     def __init__(self, names: Sequence[str], modules: frozenset[nn.Module], has_labels: bool = False) -> None:
         """
@@ -31,12 +82,12 @@ class MixedBatch:
                 inside the first, are none of this batch's business.
             has_labels: Whether the model will want to compute a loss.
         """
-        self.has_labels = has_labels
+        super().__init__(len(names))
         self.names = list(names)
         self.modules = modules
+        self.has_labels = has_labels
         self.distinct = list(dict.fromkeys(names))
         self._banks: dict[tuple[FacTStack, torch.device, torch.dtype], FactorBank] = {}
-        self._last_read: tuple[Tensor, int, FacTStack, Tensor] | None = None
 
     @property
     def shared(self) -> str | None:
@@ -47,22 +98,6 @@ class MixedBatch:
         """The place in `distinct` of every image's adapter."""
         places = {name: place for place, name in enumerate(self.distinct)}
         return torch.tensor([places[name] for name in self.names], device=device)
-
-    def by_image(self, x: Tensor) -> Tensor:
-        """View the input or output (R, ..., n) of a layer as (images, rows of one, n).
-
-        The first axis may be longer than the batch: Swin folds the windows of an image into it, image by image.
-
-        Raises:
-            ValueError: If the first axis is no multiple of the number of images.
-        """
-        if len(x) % len(self.names) != 0:
-            raise ValueError(
-                f"adapter_names has {len(self.names)} names for a batch of {len(x)}; pass one per image. If the batch "
-                "has as many images, this model calls layers with something that belongs to no image, and cannot be "
-                "called with adapter_names."
-            )
-        return x.reshape(len(self.names), -1, x.shape[-1])
 
     def factors(self, stack: FacTStack, device: torch.device, dtype: torch.dtype) -> FactorBank:
         """The factors of all images, gathered when a stack is used first."""
@@ -88,37 +123,6 @@ class MixedBatch:
             images = torch.arange(len(self.names), device=factors.cores.device)
             cores = factors.cores[images[:, None], torch.tensor(index, device=factors.cores.device)]
         return cores.unflatten(1, (shape.num_in_blocks, shape.num_out_blocks))
-
-    def add_increments(
-        self, x: Tensor, y: Tensor, stack: FacTStack, slices: Mapping[str, Slices], dtype: torch.dtype, in_place: bool
-    ) -> Tensor:
-        """y + x dW, for every image its own dW.
-
-        Args:
-            x: Input of a layer, (R, ..., in).
-            y: Its output without adapters, (R, ..., out).
-            stack: Where the layer's slices are.
-            slices: Which these are, by adapter.
-            dtype: In which to multiply.
-            in_place: Write the sum into `y`, if it is contiguous.
-        """
-        factors = self.factors(stack, x.device, dtype)
-        h = self._read(x, dtype, stack, factors.U)
-        in_place = in_place and y.is_contiguous()
-        added = write_per_image(h, self.cores(factors, stack, slices), factors.V, self.by_image(y), in_place)
-        return added.view(y.shape)
-
-    def _read(self, x: Tensor, dtype: torch.dtype, stack: FacTStack, U: Tensor) -> Tensor:
-        """x (I (x) U), once for all layers that read the same x, as q, k and v do."""
-        version = None if x.is_inference() else x._version  # inference tensors do not tell when they are written to
-        if self._last_read is not None:
-            last_x, last_version, last_stack, h = self._last_read
-            if last_x is x and last_version == version and last_stack is stack and h.dtype == dtype:
-                return h
-        h = read_per_image(self.by_image(x).to(dtype), U)
-        if version is not None:
-            self._last_read = (x, version, stack, h)
-        return h
 
 
 _CURRENT: ContextVar[MixedBatch | None] = ContextVar("fact_peft_mixed_batch", default=None)

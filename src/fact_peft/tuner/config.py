@@ -12,7 +12,7 @@ from peft.utils.peft_types import PeftType
 from torch import finfo, float32, nn
 
 from ..method.decomposition import DECOMPOSITIONS
-from ..method.tensorization import read_layout
+from ..method.tensorization import slices_of
 
 
 @dataclass
@@ -156,7 +156,7 @@ class FacTConfig(PeftConfig):
         if self.layout is not None:
             if not isinstance(self.layout, list) or not all(isinstance(line, str) for line in self.layout):
                 raise ValueError(f"layout={self.layout!r} is not a list of strings; leave it None for a new adapter.")
-            read_layout(self.layout)
+            slices_of(tuple(self.layout))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: sets as sorted lists, so that equal configs make equal files."""

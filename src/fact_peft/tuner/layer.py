@@ -116,7 +116,8 @@ class FacTLinear(nn.Module, FacTLayer):
         in_place = not torch.is_grad_enabled() and is_fusable(self.base_layer)
         for stack in {self.fact_stacks[name] for name in batch.distinct if name in self.fact_stacks}:
             slices = {name: owned for name, owned in self.fact_slices.items() if self.fact_stacks[name] is stack}
-            y = batch.add_increments(x, y, stack, slices, dtype, in_place)
+            factors = batch.factors(stack, x.device, dtype)
+            y = batch.add(x, y, factors, batch.cores(factors, stack, slices), in_place)
         return y
 
     def _forward_fused(self, x: Tensor, adapter_name: str) -> Tensor:
