@@ -16,6 +16,7 @@ from fact_peft import FacTConfig, hotswap_adapter
 from fact_peft.operations.inspection import describe, read_adapter
 
 FILE = "adapter_model.safetensors"
+pytestmark = pytest.mark.slow
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.complex64]
 DTYPES += [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8]
 
