@@ -178,7 +178,7 @@ def test_what_cannot_be_pooled_is_refused_and_changes_nothing(tmp_path):
     refusals = [
         (tmp_path / "bias", r"'new' cannot be pooled: it has trained biases \(bias='fact_only'\)"),
         (tmp_path / "norm", r"trained vit.layernorm.weight, which is not part of the head \(classifier\)"),
-        (tmp_path / "head", r"adapts classifier, which is no linear layer outside the head"),
+        (tmp_path / "head", r"adapts classifier, no linear layer that this model calls outside its head"),
         (tmp_path / "swin", r"adapts swin.* another backbone"),
         (tmp_path / "lora", r"not a FacT adapter but one of PeftType.LORA"),
         (tmp_path / "cut", r"not a whole safetensors file"),

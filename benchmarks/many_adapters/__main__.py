@@ -31,7 +31,8 @@ RESULTS = Path(__file__).parent / "results" / "many_adapters.json"
 
 
 def measure(results: Results, shapes: dict[str, Shape], parts: list[str], rounds: int, adapters: int) -> None:
-    """Measure what is missing. A shape is measured whole or not at all."""
+    """Measure what is missing. A shape is measured whole or not at all; capacity is that of the largest."""
+    largest = list(shapes.values())[-1]
     where = {"device": DEVICE, "dtype": str(DTYPE)}
     for name, shape in shapes.items():
         setting = {"part": name, **where}
@@ -44,7 +45,7 @@ def measure(results: Results, shapes: dict[str, Shape], parts: list[str], rounds
             setting = {"part": "capacity", **where, "row": row}
             if results.find(**setting) is None:
                 print(f"capacity: {row}", file=sys.stderr)
-                results.add(setting, fill(adapters))
+                results.add(setting, fill(largest, adapters))
 
 
 def main() -> None:

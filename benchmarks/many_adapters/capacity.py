@@ -45,9 +45,8 @@ def timed(load: Callable[[str], Any], adapters: int) -> dict[str, Any]:
     }
 
 
-def fill_pool(adapters: int) -> dict[str, Any]:
+def fill_pool(shape: Shape, adapters: int) -> dict[str, Any]:
     """Load an adapter of FacT under many names."""
-    shape = Shape()
     with TemporaryDirectory() as folder:
         model = get_peft_model(shape.model(), fact(RANK))
         model.save_pretrained(folder)
@@ -57,9 +56,8 @@ def fill_pool(adapters: int) -> dict[str, Any]:
         return {**measured, "raw_bytes": pool.stats()["bytes"]}
 
 
-def fill_peft(adapters: int) -> dict[str, Any]:
+def fill_peft(shape: Shape, adapters: int) -> dict[str, Any]:
     """Load a LoRA of the same rank on the same layers into one model, as far as it gets."""
-    shape = Shape()
     with TemporaryDirectory() as folder:
         model = get_peft_model(shape.model(), lora(RANK))
         model.save_pretrained(folder)
