@@ -64,7 +64,8 @@ from transformers.utils import logging
 
 from fact_peft import FacTConfig, load_image_classifier, push_image_classifier
 from fact_peft.operations.inspection import increment_norms, plot_increments, read_adapter
-from fact_peft.sharing.card import write_model_card
+from fact_peft.sharing.card import copy_model_card, write_model_card
+from fact_peft.storage.replacing import replace_files
 
 COMPLETE = "complete.json"  # written into a checkpoint last
 # What a run's result depends on, with the data, the arguments below and the global batch size.
@@ -460,11 +461,14 @@ def main() -> None:
     if "test" in data:
         metrics["test accuracy"] = best.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
         print_once(best, f"test accuracy {100 * metrics['test accuracy']:.1f} %")
-    best.save_model(str(folder))  # called by all processes, which may each hold a part
+    finished = folder / "finished"  # beside the files of an earlier run, which it replaces as a whole
+    best.save_model(str(finished))  # called by all processes, which may each hold a part
     if best.is_world_process_zero():
-        processor.save_pretrained(folder)
-        write_model_card(folder, folder.resolve().name, metrics)
-        draw(best, folder)
+        processor.save_pretrained(finished)
+        copy_model_card(folder, finished)
+        write_model_card(finished, folder.resolve().name, metrics)
+        draw(best, finished)
+        replace_files(folder, finished)
         if push:  # what was saved, for the model in memory may be in parts
             classifier = load_image_classifier(folder)
             push_image_classifier(*classifier, training.hub_model_id, metrics=metrics, token=training.hub_token)

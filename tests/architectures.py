@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import open_clip
 import timm
 import torch
+import torchvision
 import transformers
 from torch import Tensor, nn
 
@@ -24,7 +26,8 @@ class Architecture:
     """A model class with the settings that make it tiny.
 
     Attributes:
-        model: Name of a class of transformers, or ``"timm/<model>"``.
+        model: Name of a class of transformers, or ``"timm/<model>"``, ``"torchvision/<class>"``, or
+            ``"open_clip/<class>"``.
         tiny: Settings of the tiny model: arguments of its config, or of ``timm.create_model``.
         inputs: Makes a batch for the tiny model.
         targets: Regex for the linear layers inside the blocks, nothing else.
@@ -60,6 +63,10 @@ class Architecture:
     def _build(self, settings: dict[str, Any]) -> nn.Module:
         if self.model.startswith("timm/"):
             return timm.create_model(self.model.removeprefix("timm/"), **settings).eval()
+        if self.model.startswith("torchvision/"):
+            return getattr(torchvision.models, self.model.removeprefix("torchvision/"))(**settings).eval()
+        if self.model.startswith("open_clip/"):
+            return getattr(open_clip, self.model.removeprefix("open_clip/"))(**settings).eval()
         model_class = getattr(transformers, self.model)
         return model_class(model_class.config_class(**settings)).eval()
 
@@ -645,6 +652,39 @@ VISION = {
     ),
 }
 
+# q, k and v of nn.MultiheadAttention are one bare parameter, which becomes the layer in_proj.
+TORCHVISION = {
+    "num_layers": 12,
+    "num_heads": 12,
+    "hidden_dim": 768,
+    "mlp_dim": 3072,
+    "image_size": 224,
+    "patch_size": 16,
+}
+MULTIHEAD_LAYERS = r"(in|out)_proj"
+MULTIHEAD = {
+    "torchvision ViT": Architecture(
+        "torchvision/VisionTransformer",
+        {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64},
+        image(name="x"),
+        rf"encoder\.layers\.encoder_layer_\d+\.(self_attention\.{MULTIHEAD_LAYERS}|mlp\.[03])",
+        2 * 4,
+        full=TORCHVISION,
+    ),
+    "OpenCLIP": Architecture(
+        "open_clip/CLIP",
+        {
+            "embed_dim": 8,
+            "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+            "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2},
+        },
+        lambda: image(name="image")() | {"text": torch.randint(1, 50, (2, 8))},
+        rf"(visual\.)?transformer\.resblocks\.\d+\.(attn\.{MULTIHEAD_LAYERS}|mlp\.c_(fc|proj))",
+        2 * 2 * 4,
+        full=open_clip.get_model_config("ViT-B-16"),
+    ),
+}
+
 BEYOND_VISION = {
     "AST": Architecture(
         "ASTForAudioClassification",
@@ -715,4 +755,4 @@ BEYOND_VISION = {
     ),
 }
 
-ARCHITECTURES = VISION | BEYOND_VISION
+ARCHITECTURES = VISION | MULTIHEAD | BEYOND_VISION

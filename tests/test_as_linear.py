@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from fact_peft import FacTConfig
@@ -118,3 +118,59 @@ def test_a_patched_class_sees_the_frozen_layer(cls, method, monkeypatch):
     monkeypatch.setattr(cls, method, patched)
     model(torch.randn(2, 8))
     assert any(module is frozen for module in seen)
+
+
+def test_the_place_to_write_a_weight_to_is_the_base_layer():
+    model, x = adapted_linear(), torch.randn(2, 8)
+    layer = model.get_submodule("base_model.model.0")
+    expected = model(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)  # lost, as docs/features.md says
+        assert torch.equal(model(x), expected)
+        difference = nn.functional.linear(x, layer.base_layer.weight)
+        layer.base_layer.weight.mul_(2)
+    torch.testing.assert_close(model(x), expected + difference)
+
+
+def test_a_sequential_inside_the_adapted_model_keeps_its_own_children():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+
+        def forward(self, x):
+            return self.layers(x)
+
+    holder = Holder()
+    get_peft_model(holder, FacTConfig(rank=2, target_modules=["0"], init_weights=False))
+    assert len(holder.layers) == 2 and len(holder.layers[:-1]) == 1
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(holder.layers[-1](holder.layers[:-1](x)), holder(x))
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_what_one_may_do_while_merged(decomposition, tmp_path):
+    model, x = adapted_linear(decomposition=decomposition), torch.randn(2, 8)
+    expected = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    torch.testing.assert_close(model.train()(x), expected)
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    for other in (model, twin, PeftModel.from_pretrained(adapted_linear().unload(), tmp_path)):
+        torch.testing.assert_close(other(x), expected)
+    with pytest.raises(ValueError, match="merged"):
+        model.delete_adapter("default")
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base)
+    torch.testing.assert_close(model(x), expected)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_weighted_adapter(["default"], [2.0], "twice")
+    torch.testing.assert_close(model(x), expected)
+    model.set_adapter("twice")
+    torch.testing.assert_close(model(x), base + 2 * (expected - base))

@@ -229,6 +229,32 @@ def test_deleting_the_active_adapter_activates_another():
     assert torch.equal(scores(model), other)
 
 
+def test_after_a_delete_all_layers_agree_on_the_active_adapter():
+    """As they must where adapters have different layers; PEFT lets each layer choose among its own."""
+    model = adapted(target_modules=["q_proj"], modules_to_save=[], name="q")
+    add(model, "v", seed=2, target_modules=["v_proj"], modules_to_save=[])
+    add(model, "w", seed=3, target_modules=["q_proj"], modules_to_save=[])
+    model.set_adapter("v")
+    expected = scores(model)
+    model.set_adapter("q")
+    with pytest.warns(UserWarning, match="Setting active adapter to v"):
+        model.delete_adapter("q")
+    assert model.active_adapters == ["v"] and model.active_adapter == "v"
+    assert torch.equal(scores(model), expected)
+
+
+def test_deleting_one_of_three_active_adapters_leaves_two():
+    """PEFT gives up halfway if the one that goes has a head."""
+    model = add(adapted(name="v", modules_to_save=[]), "w", seed=2, modules_to_save=[])
+    model.base_model.set_adapter(["v", "w"])
+    expected = scores(model)
+    add(model, "q", seed=3)
+    model.base_model.set_adapter(["q", "v", "w"])
+    assert not torch.equal(scores(model), expected)
+    model.delete_adapter("q")
+    assert model.active_adapters == ["v", "w"] and torch.equal(scores(model), expected)
+
+
 def test_safe_merge_refuses_nan_and_changes_nothing():
     model = adapted()
     # The last slice only, so that every other layer could be merged.

@@ -1,9 +1,8 @@
-"""More of what users of LoRA have: conversion, sums, hot-swapping, mixed batches, compilation, injection."""
+"""More of what users of LoRA have: conversion, sums, hot-swapping, compilation, injection."""
 
 import copy
 import gc
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -200,6 +199,19 @@ def test_hotswap_gives_the_other_adapter(decomposition, backbone, tmp_path):
     assert torch.equal(scores(again), scores(model))
 
 
+def test_hotswap_on_a_model_with_injected_layers_takes_the_head_too(tmp_path):
+    swapped = adapted(seed=1)
+    with torch.no_grad():
+        for name, parameter in swapped.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(1)
+    swapped.save_pretrained(tmp_path)
+    injected = make_backbone("vit")
+    injected.add_adapter(FacTConfig(rank=4, init_weights=False, scale=3.0), "default")
+    hotswap_adapter(injected, tmp_path)
+    assert torch.equal(scores(injected), scores(swapped))
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -239,46 +251,6 @@ def test_no_graph_break_and_no_recompilation_when_swapping(decomposition, tmp_pa
     assert model.get_base_model().factors["32x32"].fact_U["default"].grad.abs().max() > 0
 
 
-# One adapter per image
-
-
-@everywhere
-def test_mixed_batch_gives_every_image_its_own_adapter(decomposition, backbone):
-    model = adapted(decomposition, backbone)
-    model.add_adapter("other", config(decomposition, rank=2))
-    model.add_adapter("headless", config("tk", rank=3, modules_to_save=[]))
-    disturb_heads(model)
-    names = ["other", "__base__", "default", "headless", "other"]
-    pixels = images(count=len(names))
-    with torch.no_grad():
-        mixed = logits(partial(model, adapter_names=names), pixels)
-        for row, name in enumerate(names):
-            if name == "__base__":
-                with model.disable_adapter():
-                    expected = logits(model, pixels)[row]
-            else:
-                model.set_adapter(name)
-                expected = logits(model, pixels)[row]
-            torch.testing.assert_close(mixed[row], expected, rtol=0, atol=1e-5, msg=name)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_mixed_batch_refuses():
-    model = adapted()
-    cases = [
-        (["default"] * 2, "has 2 names for a batch of 3"),
-        (["default", "typo", "default"], r"names \['typo'\], but there are only \['__base__', 'default'\]"),
-    ]
-    for names, message in cases:
-        with pytest.raises(ValueError, match=message):
-            model(pixel_values=images(), adapter_names=names)
-    with pytest.raises(ValueError, match="evaluation mode only"):
-        model.train()(pixel_values=images(), adapter_names=["default"] * 3)
-    model.eval().merge_adapter()
-    with pytest.raises(ValueError, match="while adapters are merged"):
-        model(pixel_values=images(), adapter_names=["default"] * 3)
-
-
 # Gradient checkpointing
 
 
@@ -297,9 +269,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(decomposition, backbone
     model.get_base_model().get_submodule(
         {"vit": "vit.embeddings", "deit": "deit.embeddings", "swin": "swin.embeddings.patch_embeddings"}[backbone]
     ).register_forward_hook(lambda module, inputs, output: require_grad(output))
-    # A kernel may add in another order the second time: float32 rounding of the largest gradient.
-    largest = max(value.abs().max() for value in expected.values())
-    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=1e-6 * largest)
+    torch.testing.assert_close(gradients(model), expected)
 
 
 def require_grad(output):

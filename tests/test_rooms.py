@@ -11,7 +11,7 @@ import fact_peft
 PACKAGE = Path(fact_peft.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # A room may use those before it, never those behind it.
-ROOMS = ["method", "architecture", "storage", "tuner", "operations", "sharing", "converters"]
+ROOMS = ["method", "architecture", "storage", "tuner", "operations", "sharing", "converters", "serving"]
 WITHOUT_PEFT = {"method"}
 
 

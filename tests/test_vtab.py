@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from transformers import SwinConfig, SwinForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from benchmarks.paper import few_shot, processes, training, vtab
-from benchmarks.paper.folders import few_shot_annotations, few_shot_images
+from benchmarks.paper.folders import few_shot_annotations, few_shot_images, prepare_vtab_task
 from benchmarks.paper.image_lists import NORMALIZATIONS, ImageList, from_hub, normalize, read_list
 from benchmarks.paper.published import (
     FLAT_MEAN,
@@ -263,6 +263,34 @@ def test_an_archive_of_the_hub_is_extracted_once(tmp_path, synthetic, hub, kind)
     assert (folder / kitti).read_text() == (synthetic / "vtab" / kitti).read_text()
     archive.unlink()
     assert from_hub("someone/vtab", archive.name, tmp_path / "data") == folder
+
+
+def test_a_task_in_a_zip_of_its_own_or_in_folders_by_class_gets_its_lists(tmp_path, synthetic):
+    shutil.make_archive(tmp_path / "cifar", "zip", synthetic / "vtab", "cifar")
+    prepare_vtab_task(tmp_path, "cifar100")
+    assert (tmp_path / "cifar" / "test.txt").read_text() == (synthetic / "vtab" / "cifar" / "test.txt").read_text()
+    image = synthetic / "vtab" / "cifar" / "images" / "test" / "000000.jpg"
+    names = {"train800": ["2/b", "10/a", "10/c"], "val200": ["2/d"], "test": ["10/e"]}
+    for split, files in names.items():
+        for name in files:
+            (tmp_path / "dtd" / split / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, tmp_path / "dtd" / split / f"{name}.jpg")
+    (tmp_path / "dtd" / "val200" / "10").mkdir()
+    prepare_vtab_task(tmp_path, "dtd")
+    lists = {
+        name: read_list(tmp_path / "dtd" / f"{name}.txt", tmp_path / "dtd", 2) for name in (*names, "train800val200")
+    }
+    # Class 2 is before class 10.
+    assert [(str(path.relative_to(tmp_path / "dtd" / "train800")), label) for path, label in lists["train800"]] == [
+        ("10/a.jpg", 1),
+        ("10/c.jpg", 1),
+        ("2/b.jpg", 0),
+    ]
+    assert lists["train800val200"] == lists["train800"] + lists["val200"] and len(lists["test"]) == 1
+    (tmp_path / "dtd" / "test.txt").unlink()
+    (tmp_path / "dtd" / "test" / "new").mkdir()
+    with pytest.raises(ValueError, match="has the classes new, which"):
+        prepare_vtab_task(tmp_path, "dtd")
 
 
 # Training

@@ -87,6 +87,8 @@ def main() -> None:
     args.output = args.output or Path("outputs") / "frontier" / local_name(args.backbone)
     if args.data is not None and args.backbone is None:
         parser.error("--backbone is missing; --data asks to measure, and there is no default.")
+    if args.trials < 2:
+        parser.error(f"--trials is {args.trials}, but what was run at one rate does not count as searched; ask for 2.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
@@ -96,7 +98,8 @@ def main() -> None:
     kind_of = KINDS if args.data is None else kinds(args.data)
     text = report(runs, kind_of, args.choose_on)
     print(text)
-    shown = fixed(runs, args.choose_on) if args.choose_on else chosen(runs)
+    without_search = fixed(runs, args.choose_on)
+    shown = chosen(runs) if without_search.empty else without_search
     plot(panels(shown, kind_of), METHODS, args.output / "frontier.png")
     if args.write is not None:
         write_generated(args.write, f"python -m benchmarks.frontier --output {args.output}", text)

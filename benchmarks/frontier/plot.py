@@ -26,7 +26,7 @@ def plot(panels: Mapping[str, pd.DataFrame], methods: Mapping[str, Method], file
     """
     matplotlib.use("Agg")
     colours = dict(zip(dict.fromkeys(m.family for m in methods.values()), plt.get_cmap("tab20").colors, strict=False))
-    num_columns = min(len(panels), COLUMNS) if len(panels) != COLUMNS + 1 else 2
+    num_columns = 2 if len(panels) == COLUMNS + 1 else min(len(panels), COLUMNS)
     num_rows = -(-len(panels) // num_columns)
     figure, axes = plt.subplots(num_rows, num_columns, figsize=(4.4 * num_columns, 4 * num_rows), squeeze=False)
     for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):

@@ -171,14 +171,16 @@ def budget_table(columns: Mapping[str, pd.DataFrame], ours: str) -> str:
     groups = [sides(points) for points in columns.values()]
     rows = []
     for budget in sorted({size for group in groups for size, _ in group[ours]}):
-        cells = [
-            f"{best_within(group[ours], budget) - best_within(group[OTHERS], budget):+.1f}"
-            if budget in dict(group[ours])
-            else ""
-            for group in groups
-        ]
-        rows.append([f"{budget:,.0f}", *cells])
+        cells = [budget_cell(group, ours, budget) for group in groups]
+        if any(cells):
+            rows.append([f"{budget:,.0f}", *cells])
     return table(["parameters, at most", *columns], rows)
+
+
+def budget_cell(group: Mapping[str, list[Point]], ours: str, budget: float) -> str:
+    """Empty where FacT has no point of this size, or the others none as small."""
+    difference = best_within(group[ours], budget) - best_within(group[OTHERS], budget)
+    return "" if np.isnan(difference) or budget not in dict(group[ours]) else f"{difference:+.1f}"
 
 
 def sides(points: pd.DataFrame) -> dict[str, list[Point]]:
@@ -212,13 +214,24 @@ def rate_table(runs: pd.DataFrame) -> str:
     return table(["method", "learning rate", "seconds a run"], rows)
 
 
+def conditions(runs: pd.DataFrame) -> str:
+    """How the runs were made, in a line."""
+    first = runs.iloc[0]
+    tried = trials(runs).groupby(["task", "method"])["learning_rate"].nunique()
+    counts = " to ".join(f"{count:.0f}" for count in sorted({tried.min(), tried.max()}))
+    return (
+        f"{first['image_size']} px, {first['precision']}, {first['epochs']} epochs, batches of {first['batch_size']}. "
+        f"Learning rates tried, with the first seed: {counts}. Seeds of the one chosen: {runs['seed'].nunique()}."
+    )
+
+
 def report(runs: pd.DataFrame, kinds: Mapping[str, str], choosing: list[str]) -> str:
     """All tables as Markdown."""
     searched, with_fixed = chosen(runs), fixed(runs, choosing)
-    paragraphs = []
+    paragraphs = [conditions(runs)]
     if len(searched):
         paragraphs += [
-            "**Searched for each task.** Test accuracy in %, mean and standard deviation over seeds:",
+            "**Searched for each task.** Test accuracy in %, mean and, of several seeds, standard deviation:",
             accuracy_table(searched, kinds),
             *budget_tables(panels(searched, kinds)),
         ]

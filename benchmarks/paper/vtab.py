@@ -34,7 +34,7 @@ from benchmarks.paper.command_line import (
     search,
     write_tables,
 )
-from benchmarks.paper.folders import vtab_folder
+from benchmarks.paper.folders import prepare_vtab_task, vtab_folder
 from benchmarks.paper.processes import run_missing
 from benchmarks.paper.published import FLAT_MEAN, GROUP_MEAN, TASKS, swin_accuracies, vit_accuracies, with_means
 from benchmarks.paper.training import Job
@@ -149,6 +149,8 @@ def main() -> None:
     parser = parser_for(__doc__, RECIPE["lr"], seeds=[42])
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), metavar="TASK")
     args = parse(parser, "vtab")
+    for task in args.tasks:
+        prepare_vtab_task(Path(args.data), task)
     results = Results(args.output / "results.json")
     settings = choose_settings(args, results)
     runs = [

@@ -3,6 +3,8 @@
 from .converters.conversion import convert_checkpoint, convert_from
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
+from .serving.pool import AdapterPool
+from .serving.prediction import Prediction
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
 from .tuner.config import FacTConfig
 from .tuner.layer import FacTLinear
@@ -11,9 +13,11 @@ from .tuner.registration import register
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterPool",
     "FacTConfig",
     "FacTLinear",
     "FacTModel",
+    "Prediction",
     "convert_checkpoint",
     "convert_from",
     "convert_to_lora",

@@ -9,15 +9,20 @@ from pathlib import Path
 
 from .converters.conversion import DONORS, convert_checkpoint
 from .operations.inspection import describe, draw_increments, increment_norms, read_adapter
+from .storage.quoting import for_terminal
 
 CONVERT = "convert"
 
 
 def main() -> None:
-    if sys.argv[1:2] == [CONVERT]:
-        convert(sys.argv[2:])
-    else:
-        inspect(sys.argv[1:])
+    try:
+        if sys.argv[1:2] == [CONVERT]:
+            convert(sys.argv[2:])
+        else:
+            inspect(sys.argv[1:])
+    except (ValueError, OSError, ImportError) as error:
+        line = " ".join(str(error).split())
+        raise SystemExit(for_terminal(f"python -m fact_peft: {line or type(error).__name__}")) from error
 
 
 def inspect(arguments: list[str]) -> None:
@@ -49,10 +54,7 @@ def convert(arguments: list[str]) -> None:
         "--leave-out", nargs="+", default=[], metavar="WORD", help="drop tensors with such a word in their names"
     )
     asked = parser.parse_args(arguments)
-    try:
-        convert_checkpoint(asked.file, asked.out, asked.donor, asked.scale, asked.leave_out)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    convert_checkpoint(asked.file, asked.out, asked.donor, asked.scale, asked.leave_out)
     print(describe(read_adapter(asked.out)))
 
 

@@ -7,6 +7,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .multihead import IN_PROJ, can_open, in_proj_shape
+
 
 def base_of(module: nn.Module) -> nn.Module:
     """The module of the original model below what PEFT has wrapped around it, or the module itself."""
@@ -36,20 +38,19 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
-    """Shapes of all linear layers below `module` that are called as modules.
+    """Shapes of all linear layers below `module`, in order.
 
-    ``nn.MultiheadAttention`` reads the weight of its output projection without calling it, and has q, k and v beside it
-    in one bare parameter: none of the four is adapted.
+    The bare parameter in which ``nn.MultiheadAttention`` has its q, k and v is one of them, under the name of the layer
+    that it becomes, ``in_proj``. One with three weights of different widths instead, or a subclass, is left alone.
     """
-    functional = {
-        f"{name}.{child_name}"
-        for name, child in walk(module, prefix)
-        if isinstance(child, nn.MultiheadAttention)
-        for child_name, _ in walk(child)
-    }
-    shapes = {
-        name: linear_shape(child)
-        for name, child in walk(module, prefix)
-        if name not in functional and not isinstance(child, AuxiliaryTrainingWrapper)
-    }
-    return {name: shape for name, shape in shapes.items() if shape is not None}
+    shapes = {}
+    functional: set[str] = set()
+    for name, child in walk(module, prefix):
+        if isinstance(child, nn.MultiheadAttention) and not can_open(child):
+            functional.update(f"{name}.{child_name}" for child_name, _ in walk(child))
+        elif isinstance(child, nn.MultiheadAttention):
+            shapes[f"{name}.{IN_PROJ}"] = in_proj_shape(child)
+        shape = linear_shape(child)
+        if shape is not None and name not in functional and not isinstance(child, AuxiliaryTrainingWrapper):
+            shapes[name] = shape
+    return shapes

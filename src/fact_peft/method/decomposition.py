@@ -36,8 +36,8 @@ def blockwise(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def core_matrix(cores: Tensor) -> Tensor:
-    """The cores (a, b, r, r) of a layer's slices as one block matrix (a r, b r)."""
-    return cores.transpose(1, 2).flatten(2).flatten(0, 1)
+    """The cores (..., a, b, r, r) of a layer's slices as one block matrix (..., a r, b r)."""
+    return cores.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
 def contract(x: Tensor, U: Tensor, core: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ def expand(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
     return added.view(onto.shape)
 
 
-def expand_(h: Tensor, V: Tensor, onto: Tensor) -> Tensor:
-    """`expand` with s = 1, written into `onto` itself, which must be contiguous."""
+def expand_(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
+    """`expand`, written into `onto` itself, which must be contiguous."""
     out_width, rank = V.shape
-    onto.view(-1, out_width).addmm_(h.reshape(-1, rank), V.t())
+    onto.view(-1, out_width).addmm_(h.reshape(-1, rank), V.t(), alpha=scale)
     return onto
 
 
@@ -111,7 +111,15 @@ class Decomposition(ABC):
 
     @abstractmethod
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
-        """Sigma_k for the slices first <= k < first + count: (count, r, r)."""
+        """Sigma_k for the slices first <= k < first + count: (..., count, r, r) of factors with axes in front."""
+
+    @abstractmethod
+    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
+        """N, the number of slices of the stack that the factors are of."""
+
+    def all_cores(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """Sigma_k of all slices: (N, r, r)."""
+        return self.cores(factors, 0, self.num_slices(factors))
 
     def shapes(self, in_width: int, out_width: int, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all factors of a stack of `num_slices` slices of `in_width` x `out_width`."""
@@ -155,7 +163,10 @@ class TensorTrain(Decomposition):
         init_as_linear(factors["Sigma"], fan_in=factors["Sigma"].shape[-1])
 
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
-        return factors["Sigma"].narrow(0, first, count)
+        return factors["Sigma"].narrow(-3, first, count)
+
+    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
+        return factors["Sigma"].shape[-3]
 
 
 class Tucker(Decomposition):
@@ -172,8 +183,11 @@ class Tucker(Decomposition):
         nn.init.xavier_uniform_(factors["P"])
 
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
-        P, C = factors["P"].narrow(0, first, count), factors["C"]
-        return (P @ C.flatten(1)).view(count, *C.shape[1:])
+        P, C = factors["P"].narrow(-2, first, count), factors["C"]
+        return (P @ C.flatten(-2)).unflatten(-1, C.shape[-2:])
+
+    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
+        return factors["P"].shape[-2]
 
 
 DECOMPOSITIONS: dict[str, Decomposition] = {"tt": TensorTrain(), "tk": Tucker()}

@@ -1,18 +1,20 @@
 r"""A frozen linear layer and its increment as one differentiable function.
 
-    h_0 = x (I (x) U)                 what reads the input
-    h = h_0 s Core
-    y = x W^T + b + h (I (x) V)^T     what writes the output
+    h_0 = x (I (x) U)                   what reads the input
+    h = h_0 Core
+    y = x W^T + b + s h (I (x) V)^T     what writes the output
 
 Written as separate operations this passes over activations more often than the mathematics asks for: the last term of
 y goes through a fresh tensor, and so does the sum of the two gradients of x. Here both are added in place, to a tensor
 that nobody else has seen. With g the gradient of y,
 
-    dh = g (I (x) V)        dh_0 = dh (s Core)^T        dx = g W + dh_0 (I (x) U)^T
-    dV = g^T h              d(s Core) = h_0^T dh        dU = x^T dh_0
+    dh = g (I (x) V)        dh_0 = dh Core^T        dx = g W + s dh_0 (I (x) U)^T
+    dV = s g^T h            dCore = s h_0^T dh      dU = s x^T dh_0
 
-where the sums over rows in dU and dV also go over the blocks. With dropout, h is h times its noise, and dh likewise.
-Letters as in `decomposition.py`.
+where dh and dh_0 lack the factor s, and the sums over rows in dU and dV also go over the blocks. With dropout, h is h
+times its noise, and dh likewise. Letters as in `decomposition.py`.
+
+The scale s comes last, in the precision of the factors: a gradient times 100 would often be more than float16 can hold.
 """
 
 from __future__ import annotations
@@ -91,16 +93,16 @@ def fused_linear(
     # lose small digits of dW.
     worthwhile = weight.numel() <= x.shape[:-1].numel() * sum(weight.shape)
     if torch.is_grad_enabled() or noise is not None or not worthwhile or weight.dtype.itemsize < 4:
-        return FusedLinear.apply(x, weight, bias, U, scale * core, V, noise)
+        return FusedLinear.apply(x, weight, bias, U, core, V, scale, noise)
     A, B = low_rank_pair(U, core, V, scale)
     return nn.functional.linear(x, torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype)), bias)
 
 
 class FusedLinear(torch.autograd.Function):
-    """``apply(x, weight, bias, U, core, V, noise)`` is y; see above.
+    """``apply(x, weight, bias, U, core, V, scale, noise)`` is y; see above.
 
     x (..., a d), weight (b e, a d) and bias (b e) or None of one dtype, in which everything is multiplied; U (d, r),
-    core (a r, b r) with the scale in it, V (e, r), noise (rows of x, b r) or None.
+    core (a r, b r), V (e, r), a float scale, noise (rows of x, b r) or None.
     """
 
     @staticmethod
@@ -112,12 +114,14 @@ class FusedLinear(torch.autograd.Function):
         U: Tensor,
         core: Tensor,
         V: Tensor,
+        scale: float,
         noise: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = nn.functional.linear(rows, weight, bias)  # first, to refuse an x of another width by the weight's shape
         h_0, h = read(rows, U, core, noise)
-        expand_(h, V.to(x.dtype), onto=y)
+        expand_(h, V.to(x.dtype), scale, onto=y)
+        ctx.scale = scale
         ctx.save_for_backward(x, weight, U, core, V, noise, h_0, h)
         # Autograd refuses to write into a view that a function made, as `y += x` does. This one is no view to it, which
         # is safe, since nothing else looks at that memory.
@@ -126,7 +130,7 @@ class FusedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, U, core, V, noise, h_0, h = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_U, needs_core, needs_V, _ = ctx.needs_input_grad
+        needs_x, _, needs_bias, needs_U, needs_core, needs_V, *_ = ctx.needs_input_grad
         dx = dbias = dU = dcore = dV = None
         with without_autocast(x):
             g, rows = grads[0].reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
@@ -135,18 +139,18 @@ class FusedLinear(torch.autograd.Function):
             if needs_bias:
                 dbias = g.sum(0)
             if needs_V:
-                dV = sum_of_products(g, h, V)
+                dV = ctx.scale * sum_of_products(g, h, V)
             dh = blockwise(g, V.to(x.dtype))
             if noise is not None:
                 dh = dh * noise
             if needs_core:
-                dcore = h_0.t() @ dh
+                dcore = ctx.scale * (h_0.t() @ dh).to(core.dtype)
             dh_0 = dh @ core.to(x.dtype).t()
             if needs_U:
-                dU = sum_of_products(rows, dh_0, U)
+                dU = ctx.scale * sum_of_products(rows, dh_0, U)
             if needs_x:
-                dx = expand_(dh_0, U.to(x.dtype), onto=g @ weight).view(x.shape)
-        return dx, None, dbias, dU, dcore, dV, None
+                dx = expand_(dh_0, U.to(x.dtype), ctx.scale, onto=g @ weight).view(x.shape)
+        return dx, None, dbias, dU, dcore, dV, None, None
 
 
 def read(rows: Tensor, U: Tensor, core: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -157,7 +161,7 @@ def read(rows: Tensor, U: Tensor, core: Tensor, noise: Tensor | None) -> tuple[T
 
 
 def sum_of_products(wide: Tensor, narrow: Tensor, factor: Tensor) -> Tensor:
-    """The gradient of a factor (p, r): `wide` (rows, n p) times `narrow` (rows, n r), summed over rows and blocks."""
+    """A factor's gradient (p, r) but for s: `wide` (rows, n p) times `narrow` (rows, n r), over rows and blocks."""
     width, rank = factor.shape
     # Transposed, which is the faster of the two orders for so few columns.
-    return (narrow.reshape(-1, rank).t() @ wide.reshape(-1, width)).t()
+    return (narrow.reshape(-1, rank).t() @ wide.reshape(-1, width)).t().to(factor.dtype)

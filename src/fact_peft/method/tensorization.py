@@ -15,6 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
+# More than any model has. What a few characters of a layout can list would fill the memory.
+MAX_LAYERS = 100_000
+
 
 @dataclass(frozen=True)
 class Slices:
@@ -131,17 +134,34 @@ def describe_layout(linear_shapes: Mapping[str, tuple[int, int]]) -> list[str]:
 
 
 def read_layout(lines: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) by layer name, in order, of a layout that `describe_layout` wrote."""
-    linear_shapes = {}
+    """(in_features, out_features) by layer name, in order, of a layout that `describe_layout` wrote.
+
+    Raises:
+        ValueError: If a line is of another form, a layer is listed twice, or there are more than `MAX_LAYERS`.
+    """
+    linear_shapes: dict[str, tuple[int, int]] = {}
     for line in lines:
         where, _, layers = line.rpartition(": ")
-        container, _, indices = where.rpartition(".")
-        first, _, last = indices.partition("-")
-        blocks = [str(index) for index in range(int(first), int(last or first) + 1)] if indices else [""]
+        located = re.fullmatch(r"(?:(.*)\.)?([0-9]{1,9})(?:-([0-9]{1,9}))?", where, re.DOTALL)
+        shaped = [
+            re.fullmatch(r"(.+) ([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", layer, re.DOTALL) for layer in layers.split(", ")
+        ]
+        if (where and not located) or not all(shaped):
+            raise ValueError(
+                f"layout has the line {line[:200]!r}, which is not of the form 'layers.0-11: q_proj 768x768, "
+                "fc1 768x3072'; take the layout from where the adapter was saved, or leave it None for a new adapter."
+            )
+        container, first, last = located.groups() if located else ("", "", "")
+        blocks = range(int(first), int(last or first) + 1) if first else [""]
+        if len(linear_shapes) + len(blocks) * len(shaped) > MAX_LAYERS:
+            raise ValueError(
+                f"layout has the line {line[:200]!r} and so more than {MAX_LAYERS:,} layers, which no model has; take "
+                "the layout from where the adapter was saved, or leave it None for a new adapter."
+            )
         for block in blocks:
-            for layer in layers.split(", "):
-                path, _, shape = layer.rpartition(" ")
-                in_features, _, out_features = shape.partition("x")
-                name = ".".join(part for part in (container, block, path) if part)
+            for path, in_features, out_features in (match.groups() for match in shaped if match):
+                name = ".".join(part for part in (container, str(block), path) if part)
+                if name in linear_shapes:
+                    raise ValueError(f"layout lists {name!r} twice; take the layout from where the adapter was saved.")
                 linear_shapes[name] = (int(in_features), int(out_features))
     return linear_shapes

@@ -6,11 +6,12 @@ import os
 from typing import Any
 
 import torch
-from peft import PeftConfig, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
 from ..tuner.config import FacTConfig, fact_config
+from ..tuner.contents import PREFIX
 from ..tuner.factors import FacTStack
 
 # What the compiled graph or the meaning of the numbers depends on.
@@ -50,7 +51,10 @@ def hotswap_adapter(
                 f"{path} has {name}={theirs!r}, but adapter {adapter_name!r} was loaded with {name}={ours!r}; only "
                 "adapters of one shape can be swapped in place. Use load_adapter."
             )
-    set_peft_model_state_dict(model, load_peft_weights(path, device="cpu", **kwargs), adapter_name=adapter_name)
+    tensors = load_peft_weights(path, device="cpu", **kwargs)
+    if not isinstance(model, PeftModel):  # whose heads PEFT looks up by their names in the model
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
     loaded.labels = saved.labels
     for stack in model.modules():
         if isinstance(stack, FacTStack) and adapter_name in stack.fact_config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,13 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from torch import Tensor
 
 from ..method.decomposition import DECOMPOSITIONS, core_matrix, increment_norm
 from ..method.tensorization import Slices, read_layout, split_at_block, tensorize
+from ..storage.adapter_file import read_tensors
+from ..storage.hub import is_hub_id
+from ..storage.quoting import for_terminal
 from ..tuner.config import FacTConfig
 from ..tuner.factors import FACTORS
 
@@ -45,35 +48,52 @@ class SavedAdapter:
         return tensorize(read_layout(self.config.layout or []))
 
 
-def read_adapter(adapter: str | Path) -> SavedAdapter:
+def read_adapter(adapter: str | Path, revision: str | None = None, token: str | bool | None = None) -> SavedAdapter:
     """Read an adapter.
 
     Args:
         adapter: Its folder, or its name on the Hub, from where it is downloaded.
+        revision: Branch, tag or commit of the repository on the Hub.
+        token: Hub token.
 
     Raises:
         ValueError: If it is an adapter of another method, or its file is damaged, renamed or missing.
     """
     folder = Path(adapter)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(adapter), allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]))
-    config = PeftConfig.from_pretrained(str(folder))  # FacTConfig's checks the adapter file
+    if not folder.exists():
+        if not is_hub_id(str(adapter)):
+            raise ValueError(f"{str(adapter)!r} is neither a folder nor a name on the Hub.")
+        files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+        folder = Path(snapshot_download(str(adapter), revision=revision, token=token, allow_patterns=files))
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} has no {CONFIG_NAME}; pass the folder that an adapter was saved in.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))  # which checks the adapter file, see registration.py
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is not the config of an adapter ({type(error).__name__}: {error}); take it from "
+            "where the adapter was saved."
+        ) from error
     if not isinstance(config, FacTConfig):
         raise ValueError(f"{adapter} is not a FacT adapter but one of {config.peft_type}; only FacT's are read here.")
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter there with save_pretrained.")
+    return SavedAdapter(folder, config, *split_tensors(read_tensors(file)))
+
+
+def split_tensors(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The factors by stack and paper letter, and all other tensors by name, of what an adapter is saved as."""
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     others = {}
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():
-            owner, _, name = key.rpartition(".")
-            container, _, stack = owner.rpartition(".")
-            if name.startswith("fact_") and container.rpartition(".")[2] == FACTORS:
-                factors[stack][name.removeprefix("fact_")] = tensors.get_tensor(key)
-            else:
-                others[key.removeprefix("base_model.model.")] = tensors.get_tensor(key)
-    return SavedAdapter(folder, config, dict(factors), others)
+    for key, tensor in tensors:
+        owner, _, name = key.rpartition(".")
+        container, _, stack = owner.rpartition(".")
+        if name.startswith("fact_") and container.rpartition(".")[2] == FACTORS:
+            factors[stack][name.removeprefix("fact_")] = tensor
+        else:
+            others[key.removeprefix("base_model.model.")] = tensor
+    return dict(factors), others
 
 
 def increment_norms(adapter: SavedAdapter) -> dict[str, float]:
@@ -88,7 +108,7 @@ def increment_norms(adapter: SavedAdapter) -> dict[str, float]:
 
 
 def describe(adapter: SavedAdapter) -> str:
-    """The adapter in a few lines of text."""
+    """The adapter in a few lines of text, in which names that somebody else wrote are quoted for a terminal."""
     config = adapter.config
     sizes = {stack: sum(factor.numel() for factor in factors.values()) for stack, factors in adapter.factors.items()}
     files = {name: (adapter.folder / name).stat().st_size for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
@@ -111,7 +131,7 @@ def describe(adapter: SavedAdapter) -> str:
     if norms:
         least, most = min(norms, key=norms.__getitem__), max(norms, key=norms.__getitem__)
         lines.append(f"||dW||      {norms[least]:.3g} ({least}) to {norms[most]:.3g} ({most})")
-    return "\n".join(lines)
+    return "\n".join(map(for_terminal, lines))
 
 
 def increment_map(norms: dict[str, float]) -> tuple[list[str], list[str], Tensor]:
@@ -142,9 +162,11 @@ def plot_increments(norms: dict[str, float], axes: Axes) -> None:
     blocks, matrices, grid = increment_map(norms)
     picture = axes.imshow(grid.numpy(), aspect="auto", vmin=0)
     containers = {block.rpartition(".")[0] for block in blocks}
-    axes.set_yticks(range(len(blocks)), blocks if len(containers) > 1 else [b.rpartition(".")[2] for b in blocks])
-    axes.set_ylabel("block" if len(containers) > 1 else f"block of {containers.pop()}")
-    axes.set_xticks(range(len(matrices)), matrices, rotation=30, ha="right")
+    axes.set_yticks(
+        range(len(blocks)), blocks if len(containers) > 1 else [b.rpartition(".")[2] for b in blocks], parse_math=False
+    )
+    axes.set_ylabel("block" if len(containers) > 1 else f"block of {containers.pop()}", parse_math=False)
+    axes.set_xticks(range(len(matrices)), matrices, rotation=30, ha="right", parse_math=False)
     axes.set_title("Frobenius norm of dW")
     axes.figure.colorbar(picture, ax=axes)
 

@@ -6,28 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..architecture.labels import label_settings
 from ..tuner.config import FacTConfig
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Whether `name` can be the name of a repository on the Hub, and is not a file or folder here."""
-    if not name or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def base_class(config: FacTConfig) -> Any:
     """The class the adapter was trained on, if transformers has it; else ``AutoModelForImageClassification``."""
-    name = (config.auto_mapping or {}).get("base_model_class", "")
-    found = getattr(transformers, name, None)
+    mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    found = getattr(transformers, str(mapping.get("base_model_class")), None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     return AutoModelForImageClassification

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -10,14 +11,17 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..method.decomposition import DECOMPOSITIONS
+from ..storage.hub import is_hub_id
+from ..storage.quoting import as_code, for_markdown, for_python
 from ..tuner.config import FacTConfig
-from .base_model import base_class, is_hub_id
+from .base_model import base_class
 
 BEGIN = "<!-- begin: written by fact_peft when the adapter is saved; what stands outside is kept -->"
 END = "<!-- end: written by fact_peft -->"
 # Title of the forms that peft and transformers leave in a folder or repository for somebody to fill in.
 BLANK_FORM = "# Model Card for Model ID"
 MAX_LABELS = 100
+CARD = "README.md"
 
 
 def write_model_card(folder: Path, name: str, metrics: dict[str, float] | None = None) -> None:
@@ -33,17 +37,49 @@ def write_model_card(folder: Path, name: str, metrics: dict[str, float] | None =
     """
     config = FacTConfig.from_pretrained(str(folder))
     assert isinstance(config, FacTConfig)
-    file = folder / "README.md"
+    file = folder / CARD
     section = f"{BEGIN}\n{card_text(config, folder / SAFETENSORS_WEIGHTS_NAME, name, metrics or {})}\n{END}\n"
     card = ModelCard(file.read_text(encoding="utf-8") if file.exists() else "---\n{}\n---\n")
     if not card.text.strip() or BLANK_FORM in card.text:
         card.text = f"\n{section}"
-    elif BEGIN in card.text and END in card.text:
-        before, _, rest = card.text.partition(BEGIN)
-        card.text = before + section + rest.partition(END)[2].removeprefix("\n")
+    else:
+        card.text = replace_section(card.text, section)
     assert isinstance(card.data, ModelCardData)
     update_metadata(card.data, config)
     card.save(file)
+
+
+def replace_section(text: str, section: str) -> str:
+    """`text` with `section` in place of the part between our two comments, each on a line of its own, if it has one."""
+    lines = text.splitlines(keepends=True)
+    marks = [line.strip() for line in lines]
+    if BEGIN not in marks or END not in marks[marks.index(BEGIN) :]:
+        return text
+    begin = marks.index(BEGIN)
+    return "".join([*lines[:begin], section, *lines[marks.index(END, begin) + 1 :]])
+
+
+def copy_model_card(source: Path, target: Path) -> None:
+    """Take the card of a folder, if it has one, into another one, to be brought up to date there."""
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, target / CARD)
+
+
+def check_metrics(metrics: dict[str, float] | None) -> None:
+    """Refuse metrics that cannot be written down, before anything is saved.
+
+    Raises:
+        ValueError: If a name is not a string, or a value not a number.
+    """
+    for name, value in (metrics or {}).items():
+        try:
+            number = None if isinstance(value, str) else float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            number = None
+        if number is None or not isinstance(name, str):
+            raise ValueError(
+                f"metrics has {name!r}: {value!r}, which is no number under a name; pass such as {{'accuracy': 0.93}}."
+            )
 
 
 def update_metadata(data: ModelCardData, config: FacTConfig) -> None:
@@ -60,13 +96,16 @@ def update_metadata(data: ModelCardData, config: FacTConfig) -> None:
 
 
 def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, float]) -> str:
-    """What the adapter is, its labels and results, and the code that loads it, as Markdown."""
+    """What the adapter is, its labels and results, and the code that loads it, as Markdown.
+
+    Names are those that a user, or somebody else, chose: each is quoted for where it stands.
+    """
     in_factors, others = count_parameters(file)
-    heads = ", ".join(config.modules_to_save or [])
+    heads = for_markdown(", ".join(config.modules_to_save or []))
     has_base = is_hub_id(config.base_model_name_or_path)
     base = f"[{config.base_model_name_or_path}](https://huggingface.co/{config.base_model_name_or_path})"
     lines = [
-        f"# {name}",
+        f"# {for_markdown(name)}",
         "",
         f"An image classifier: {base if has_base else 'a vision transformer'}, fine-tuned with",
         "[FacT, Factor-Tuning](https://arxiv.org/abs/2212.03145), a method of parameter-efficient fine-tuning.",
@@ -84,10 +123,10 @@ def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, floa
     ]
     if config.labels:
         more = len(config.labels) - MAX_LABELS
-        listed = ", ".join(f"`{label}`" for label in config.labels[:MAX_LABELS])
+        listed = ", ".join(as_code(label) for label in config.labels[:MAX_LABELS])
         lines += ["## Labels", "", listed + (f" and {more} more, see adapter_config.json" if more > 0 else ""), ""]
     if metrics:
-        rows = [f"| {metric} | {value:.6g} |" for metric, value in metrics.items()]
+        rows = [f"| {for_markdown(metric)} | {float(value):.6g} |" for metric, value in metrics.items()]
         lines += ["## Results", "", "| metric | value |", "|---|---|", *rows, ""]
     return "\n".join([*lines, *usage(config, name, has_base)])
 
@@ -95,10 +134,10 @@ def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, floa
 def usage(config: FacTConfig, name: str, has_base: bool) -> list[str]:
     """The code that loads the adapter, as Markdown."""
     architecture = base_class(config).__name__
-    base = config.base_model_name_or_path if has_base else "name or folder of the base model"
+    base = str(config.base_model_name_or_path) if has_base else "name or folder of the base model"
     arguments = f", num_labels={len(config.labels)}, ignore_mismatched_sizes=True" if config.labels else ""
     if has_base and config.revision:
-        arguments += f', revision="{config.revision}"'
+        arguments += f", revision={for_python(config.revision)}"
     return [
         "## Use",
         "",
@@ -108,8 +147,8 @@ def usage(config: FacTConfig, name: str, has_base: bool) -> list[str]:
         "from fact_peft import load_image_classifier",
         "from transformers import pipeline",
         "",
-        f'model, image_processor = load_image_classifier("{name}"'
-        + ("" if has_base else f', base_model="{base}"')
+        f"model, image_processor = load_image_classifier({for_python(name)}"
+        + ("" if has_base else f", base_model={for_python(base)}")
         + ")",
         'classify = pipeline("image-classification", model=model, image_processor=image_processor)',
         'print(classify("image.png"))',
@@ -122,8 +161,8 @@ def usage(config: FacTConfig, name: str, has_base: bool) -> list[str]:
         "from peft import PeftModel",
         f"from transformers import {architecture}",
         "",
-        f'base = {architecture}.from_pretrained("{base}"{arguments})',
-        f'model = PeftModel.from_pretrained(base, "{name}")',
+        f"base = {architecture}.from_pretrained({for_python(base)}{arguments})",
+        f"model = PeftModel.from_pretrained(base, {for_python(name)})",
         "```",
     ]
 

@@ -14,9 +14,11 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..architecture.labels import label_settings
+from ..storage.hub import is_hub_id
+from ..storage.replacing import replacing_files
 from ..tuner.config import FacTConfig, fact_config
-from .base_model import is_hub_id, load_base
-from .card import write_model_card
+from .base_model import load_base
+from .card import check_metrics, copy_model_card, write_model_card
 
 FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, IMAGE_PROCESSOR_NAME]
 
@@ -30,6 +32,9 @@ def save_image_classifier(
 ) -> None:
     """Save the active adapter of `model` with its head, labels, image processor and a model card.
 
+    What lies in the folder is replaced as a whole: if the process is killed or the disk is full, the folder is as it
+    was, or it is the new one. (PEFT's own ``model.save_pretrained`` writes over the files in place.)
+
     Args:
         model: A transformers image classifier with a FacT adapter.
         image_processor: What prepares its images. One of timm cannot be saved; `load_image_classifier` then takes the
@@ -39,11 +44,16 @@ def save_image_classifier(
         base_model: Hub id of the base model, if it was not loaded by that.
 
     Raises:
-        ValueError: If the active adapter of `model` is not a FacT adapter.
+        ValueError: If the active adapter of `model` is not a FacT adapter, there are several, a metric is no number, or
+            a number of the adapter is not finite. The folder is then as it was.
     """
     folder = Path(folder)
-    save_files(model, image_processor, folder, base_model)
-    write_model_card(folder, folder.resolve().name, metrics)
+    check_metrics(metrics)
+    active_config(model)
+    with replacing_files(folder) as incoming:
+        save_files(model, image_processor, incoming, base_model)
+        copy_model_card(folder, incoming)
+        write_model_card(incoming, folder.resolve().name, metrics)
 
 
 def load_image_classifier(
@@ -108,10 +118,12 @@ def push_image_classifier(
         commit_message: Message of the commit.
 
     Raises:
-        ValueError: If the active adapter is not a FacT adapter, or the base model is not known by a Hub id. Nothing has
-            been sent then.
+        ValueError: If the active adapter is not a FacT adapter, there are several, a metric is no number, or the base
+            model is not known by a Hub id. Nothing has been sent then.
     """
-    base = base_model or active_config(model).base_model_name_or_path
+    check_metrics(metrics)
+    config = active_config(model)
+    base = base_model or config.base_model_name_or_path
     if not is_hub_id(base):
         raise ValueError(
             f"The base model {base!r} is not on the Hub, so nobody else could load this adapter; pass base_model=, the "
@@ -134,9 +146,7 @@ def save_files(model: PeftModel, image_processor: BaseImageProcessor, folder: Pa
 
     PEFT would write a card, with local paths in it, and put an adapter that is not called "default" into a subfolder.
     """
-    active_config(model)
     adapter_name = model.active_adapter
-    folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as temporary:
         model.save_pretrained(temporary, selected_adapters=[adapter_name])
         saved = Path(temporary, "" if adapter_name == "default" else adapter_name)
@@ -154,10 +164,19 @@ def active_config(model: PeftModel) -> FacTConfig:
     """The config of the active adapter.
 
     Raises:
-        ValueError: If it is not a FacT adapter, or `model` is not a `PeftModel`.
+        ValueError: If it is not a FacT adapter, there are several, or `model` is not a `PeftModel`.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(f"model is a {type(model).__name__}; pass the PeftModel that get_peft_model returned.")
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"model has {len(active)} active adapters, {active}, and a folder holds one. To save one of them, call "
+            f"set_adapter({active[0]!r}) first; to save what they do together, add_weighted_adapter({active}, "
+            f"{[1.0] * len(active)}, 'sum') and set_adapter('sum')."
+            if active
+            else "model has no active adapter; call set_adapter(...) with the one to save."
+        )
     return fact_config(model, model.active_adapter)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -13,7 +12,7 @@ from peft.utils.peft_types import PeftType
 from torch import finfo, float32, nn
 
 from ..method.decomposition import DECOMPOSITIONS
-from ..storage.adapter_file import check_adapter_folder
+from ..method.tensorization import read_layout
 
 
 @dataclass
@@ -46,7 +45,7 @@ class FacTConfig(PeftConfig):
             does and is recognised; for an ``nn.Linear`` True is put right with a warning.
         init_weights: True: the authors' initialisation, V = 0, so that an untrained adapter changes nothing.
             ``"orthogonal"``: orthonormal columns in U and V and zero cores, which changes nothing either; meant for
-            a scale of 32 / rank, see benchmarks/frontier/README.md. False: every factor random.
+            a scale of 32 / rank, see benchmarks/frontier/toy/README.md. False: every factor random.
         labels: Class names in the order of the logits, saved with the adapter. None: what the model's
             ``config.id2label`` says, if a module of `modules_to_save` has so many outputs.
         layout: Which layer owns which slices. Settled when the adapter is created, saved with it, and compared with
@@ -154,6 +153,15 @@ class FacTConfig(PeftConfig):
         ):
             raise ValueError(f"labels={self.labels!r} is not a list of strings; pass one class name per logit.")
         self._check_layer_selection()
+        if self.layout is not None:
+            if not isinstance(self.layout, list) or not all(isinstance(line, str) for line in self.layout):
+                raise ValueError(f"layout={self.layout!r} is not a list of strings; leave it None for a new adapter.")
+            read_layout(self.layout)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved: sets as sorted lists, so that equal configs make equal files."""
+        fields = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
     def _check_rank(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int):
@@ -224,20 +232,6 @@ class FacTConfig(PeftConfig):
                     f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regex "
                     f"target_modules={self.target_modules!r}; name the blocks in the regex instead."
                 )
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        """Load the configuration of a saved adapter; see `PeftConfig.from_pretrained`.
-
-        Raises:
-            ValueError: If the adapter file beside a local configuration is damaged, renamed or holds numbers that are
-                not finite. Found here, before PEFT changes the model the adapter is for.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_adapter_folder(Path(pretrained_model_name_or_path, subfolder or ""))
-        return config
 
 
 def fact_config(model: nn.Module, adapter_name: str) -> FacTConfig:

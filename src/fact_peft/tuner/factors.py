@@ -7,6 +7,9 @@ counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeR
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -21,6 +24,13 @@ CORE_FACTORS = tuple(dict.fromkeys(name for member in DECOMPOSITIONS.values() fo
 FACTORS = "factors"
 
 
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Have new tensors be ordinary ones, also inside ``torch.inference_mode()``, whose own can never be trained."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class FacTLayer(BaseTunerLayer):
     """Whatever of an adapted model belongs to FacT: what PEFT visits to switch, freeze or delete adapters."""
 
@@ -32,7 +42,12 @@ class FacTLayer(BaseTunerLayer):
 
 
 class SharedFactors(nn.ModuleDict):
-    """The stacks of a model by slice shape."""
+    """The stacks of a model by slice shape.
+
+    On an ``nn.Sequential`` they are one more child, the last: whoever indexes, slices, counts or iterates over an
+    adapted one meets it (``model[:-1]`` drops the factors, not the head). Since the factors must be a parameter of the
+    adapted model itself, they can be nowhere else there; adapt a module that holds the Sequential instead.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass through, so that an ``nn.Sequential``, which calls all its children, can carry the factors too."""
@@ -101,6 +116,11 @@ class FacTStack(nn.Module, FacTLayer):
         decomposition = self.decomposition(adapter_name)
         factors = {name: getattr(self, f"fact_{name}")[adapter_name] for name in decomposition.core_factors}
         return decomposition.cores(factors, slices.first, slices.count)
+
+    def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """U (d, r), all cores Sigma_k (N, r, r) and V (e, r) of an adapter."""
+        decomposition, factors = self.decomposition(adapter_name), self.factors(adapter_name)
+        return factors["U"], decomposition.all_cores(factors), factors["V"]
 
     @torch.no_grad()
     def place(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:

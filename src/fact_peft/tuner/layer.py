@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architecture.linears import linear_shape
 from ..method.decomposition import contract, core_matrix, expand, increment, low_rank_pair
-from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable
+from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable, without_autocast
 from ..method.tensorization import Slices
-from .factors import FacTLayer, FacTStack
+from .call import MixedBatch, current_batch
+from .factors import FacTLayer, FacTStack, ordinary_tensors
+from .per_image_weight import PerImageWeight
 
 
 def find_quantization(base_layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:
@@ -29,23 +32,6 @@ def find_quantization(base_layer: nn.Module, **quantization: Any) -> Quantizatio
     except ValueError:
         # torchao weights quantised by hand: PEFT cannot know how to quantise a merged weight, but training needs none.
         return ForwardOnlyQuantizationBackend("torchao (not loaded with a TorchAoConfig)")
-
-
-def rows_by_adapter(adapter_names: list[str], x: Tensor) -> dict[str, Tensor]:
-    """Which rows of a layer's input belong to which adapter.
-
-    The first axis may be longer than the batch: Swin folds the windows of an image into it, image by image.
-
-    Raises:
-        ValueError: If the first axis is no multiple of the number of names.
-    """
-    if len(x) % len(adapter_names) != 0:
-        raise ValueError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}; pass one per image.")
-    owners = [name for name in adapter_names for _ in range(len(x) // len(adapter_names))]
-    return {
-        name: torch.tensor([row for row, owner in enumerate(owners) if owner == name], device=x.device)
-        for name in dict.fromkeys(owners)
-    }
 
 
 class FacTLinear(nn.Module, FacTLayer):
@@ -86,8 +72,10 @@ class FacTLinear(nn.Module, FacTLayer):
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """What the increment is made of: U (d, r), the core matrix (a r, b r) and V (e, r)."""
         stack, slices = self.fact_stacks[adapter_name], self.fact_slices[adapter_name]
-        cores = stack.cores(adapter_name, slices).unflatten(0, (slices.num_in_blocks, slices.num_out_blocks))
-        return stack.fact_U[adapter_name], core_matrix(cores), stack.fact_V[adapter_name]
+        U, V = stack.fact_U[adapter_name], stack.fact_V[adapter_name]
+        with without_autocast(U):  # Tucker's cores are products, whose gradients float16 could not hold
+            cores = stack.cores(adapter_name, slices).unflatten(0, (slices.num_in_blocks, slices.num_out_blocks))
+        return U, core_matrix(cores), V
 
     def _precise_terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         U, core, V = self.terms(adapter_name)
@@ -97,25 +85,39 @@ class FacTLinear(nn.Module, FacTLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.fact_slices)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+    def _applied_adapters(self, batch: MixedBatch | None) -> list[str]:
+        """Those of the adapters whose increments all images of a batch get that this layer has."""
+        names = self.active_adapters if batch is None else [] if batch.shared is None else [batch.shared]
+        return [name for name in names if name in self.fact_slices]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features), with the active adapters or, for each image, with its own."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.fact_slices]
-        if len(active) == 1 and adapter_names is None and not args and not kwargs and is_fusable(self.base_layer):
-            return self._forward_fused(x, active[0])
+        batch = current_batch(self)
+        applied = self._applied_adapters(batch)
+        if len(applied) == 1 and not args and not kwargs and is_fusable(self.base_layer):
+            return self._forward_fused(x, applied[0])
         y = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
-        if adapter_names is not None:
-            for adapter_name, rows in rows_by_adapter(adapter_names, x).items():
-                if adapter_name in self.fact_slices:
-                    y = y.index_copy(0, rows, self._add_increment(x[rows], y[rows], adapter_name))
-            return y
-        for adapter_name in active:
+        if batch is not None and batch.shared is None:
+            return self._add_per_image(x, y, batch)
+        for adapter_name in applied:
             y = self._add_increment(x, y, adapter_name)
+        return y
+
+    def _add_per_image(self, x: Tensor, y: Tensor, batch: MixedBatch) -> Tensor:
+        """y + x dW with the dW of every image's own adapter."""
+        dtype = autocast_dtype(x) or x.dtype
+        # Nobody else has seen what a plain layer gives.
+        in_place = not torch.is_grad_enabled() and is_fusable(self.base_layer)
+        for stack in {self.fact_stacks[name] for name in batch.distinct if name in self.fact_stacks}:
+            slices = {name: owned for name, owned in self.fact_slices.items() if self.fact_stacks[name] is stack}
+            factors = batch.factors(stack, x.device, dtype)
+            y = batch.add(x, y, factors, batch.cores(factors, stack, slices), in_place)
         return y
 
     def _forward_fused(self, x: Tensor, adapter_name: str) -> Tensor:
@@ -145,8 +147,11 @@ class FacTLinear(nn.Module, FacTLayer):
     def weight(self) -> Tensor:
         """The adapted weight, for code that reads it instead of calling the layer, as timm's EVA, BEiT and Swin v2 do.
 
-        Differentiable in the factors; without dropout. A sharded or quantised weight is returned as it is: most code
-        wants its dtype or device only.
+        Differentiable in the factors; without dropout. In a mixed batch it is another matrix for every image, see
+        `PerImageWeight`. A sharded or quantised weight is returned as it is: most code wants its dtype or device only.
+
+        While an adapter is active and not merged this is a result, made anew at every reading: what is written into it
+        is lost. The place to write to is ``base_layer.weight``.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -156,9 +161,11 @@ class FacTLinear(nn.Module, FacTLayer):
         whole = weight.shape == shape and type(weight.data) is Tensor and self.quantization_backend is None
         if self.disable_adapters or self.merged or not whole:
             return weight
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.fact_slices:
-                weight = weight + self._delta_weight(adapter_name).to(weight)
+        batch = current_batch(self)
+        if batch is not None and batch.shared is None and not self.fan_in_fan_out:
+            return PerImageWeight.of(weight, partial(self._add_per_image, batch=batch))
+        for adapter_name in self._applied_adapters(batch):
+            weight = weight + self._delta_weight(adapter_name).to(weight)
         return weight
 
     @torch.no_grad()
@@ -177,6 +184,7 @@ class FacTLinear(nn.Module, FacTLayer):
         # Copied, since B may be V itself, which all layers share.
         return A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
 
+    @ordinary_tensors()
     def merged_weight(self, adapter_name: str, sign: int = 1, check: bool = False) -> Tensor:
         """The base weight plus `sign` times the increment: added in float32 or better, then cast back.
 

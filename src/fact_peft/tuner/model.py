@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import _set_adapter as activate_heads
 from torch import Tensor, nn
 
 from ..architecture.labels import current_labels
+from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import Slices, stack_sizes
+from ..storage.adapter_file import is_finite
+from ..storage.quoting import for_terminal
+from .call import calling_with, current_batch
 from .combination import combined_config, fill_with_sum
 from .config import FacTConfig, fact_config
-from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors
+from .contents import split_off_foreign
+from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors, ordinary_tensors
+from .head import adopt_heads
 from .layer import FacTLinear
+from .mismatch import mismatched_heads_are_ignored
 from .mixed_batch import mixed_batch
 from .planning import check_adapter_name, is_targeted, resolve
 
@@ -41,6 +49,7 @@ class FacTModel(BaseTuner):
     tuner_layer_cls = FacTLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
 
+    @ordinary_tensors()
     def inject_adapter(
         self,
         model: nn.Module,
@@ -63,7 +72,9 @@ class FacTModel(BaseTuner):
             self._restore_config(adapter_name)
             raise
         self._forget(adapter_name)
+        open_attentions(model, self._plan)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        adopt_heads(model)
         if adapter_name in self.active_adapters:
             for wrapper in self._heads():  # PEFT activates a new head only where there was none
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
@@ -133,6 +144,7 @@ class FacTModel(BaseTuner):
     def _stacks(self) -> Iterator[FacTStack]:
         return (module for module in self.model.modules() if isinstance(module, FacTStack))
 
+    @ordinary_tensors()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new parameters, which all require gradients; those of an adapter loaded for inference must not.
         trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
@@ -186,11 +198,32 @@ class FacTModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the stacks that no other adapter uses.
 
+        If it was the only active one, the first of the others by name is active from then on, in every layer.
+
         Raises:
             ValueError: If there is no such adapter, or it is merged.
         """
-        super().delete_adapter(adapter_name)
-        self._drop_empty_stacks()
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist.")
+        check_not_merged(self.model, adapter_name, "deleted")
+        del self.peft_config[adapter_name]
+        self._forget(adapter_name)
+        if adapter_name not in self.active_adapters:
+            return
+        # PEFT lets each layer choose among its own adapters, so that layers of different adapters would disagree.
+        active = [name for name in self.active_adapters if name != adapter_name]
+        if not active and self.peft_config:
+            active = [min(self.peft_config)]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.",
+                stacklevel=2,
+            )
+        for module in self.model.modules():
+            if isinstance(module, FacTLayer):
+                module.set_adapter(active)
+        if active:
+            activate_heads(self.model, active)
+        self.active_adapter = active
 
     def _drop_empty_stacks(self) -> None:
         stacks = getattr(self.model, FACTORS, {})
@@ -215,6 +248,7 @@ class FacTModel(BaseTuner):
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if hasattr(self.model, FACTORS):
             delattr(self.model, FACTORS)
+        close_attentions(self.model)
         return self.model
 
     def _check_merge_is_finite(self, adapter_names: list[str] | None) -> None:
@@ -226,11 +260,15 @@ class FacTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is None:
-            yield
-        else:
-            with mixed_batch(self.model, kwargs["adapter_names"]):
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is not None:
+            with mixed_batch(self.model, adapter_names, args, kwargs):
                 yield
+        elif current_batch() is not None:  # called inside another call, but not with its adapters
+            with calling_with(None):
+                yield
+        else:
+            yield
 
     # How an adapter goes to disk and comes back.
 
@@ -248,18 +286,22 @@ class FacTModel(BaseTuner):
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
+    @ordinary_tensors()
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As `BaseTuner`, and refuse factors and heads that do not fit before the first one is copied.
+        """As `BaseTuner`, and refuse what does not fit or is no part of the adapter before the first tensor is copied.
 
         Raises:
-            ValueError: If a factor is missing or not finite, or a factor or head has another shape than in the model.
+            ValueError: If a factor is missing, not of floats or not finite, a factor or head has another shape than in
+                the model, or there are tensors of other names.
         """
         assert isinstance(config, FacTConfig)
         check_not_merged(model, adapter_name, "overwritten")
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config) if config.bias != "none" else {}
+        state_dict, foreign = split_off_foreign(model, config, adapter_name, state_dict, biases)
+        problems = [f"{for_terminal(name)}: no part of the adapter" for name in foreign]
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        problems = []
         for name, parameter in model.named_parameters():
             is_factor = f".{cls.prefix}" in name and name.endswith(f".{adapter_name}")
             if not is_factor and f".modules_to_save.{adapter_name}." not in name:
@@ -267,9 +309,13 @@ class FacTModel(BaseTuner):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps the whole shape there
             if name not in remapped:
                 problems.append(f"{name}: missing in the file, {shape} in the model")
+            elif tuple(remapped[name].shape) != shape and not is_factor and mismatched_heads_are_ignored():
+                continue  # PEFT leaves it out, with a warning
             elif tuple(remapped[name].shape) != shape:
                 problems.append(f"{name}: {tuple(remapped[name].shape)} in the file, {shape} in the model")
-            elif not torch.isfinite(remapped[name]).all():
+            elif is_factor and not remapped[name].is_floating_point():
+                problems.append(f"{name}: {remapped[name].dtype} in the file, not floats")
+            elif not is_finite(remapped[name]):
                 problems.append(f"{name}: holds NaN or infinity")
         if problems:
             raise ValueError(

@@ -15,15 +15,19 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers
 from ..architecture.labels import fitting_labels
 from ..architecture.linears import base_of, find_linears, walk
-from ..method.tensorization import Slices, describe_layout, tensorize
+from ..architecture.multihead import IN_PROJ
+from ..method.tensorization import Slices, describe_layout, read_layout, tensorize
+from ..storage.hub import with_folders_marked
 from .config import FacTConfig
 from .factors import FACTORS, SharedFactors
 from .layer import find_quantization
+from .mismatch import mismatched_heads_are_ignored
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +46,36 @@ def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, 
     Raises:
         NoMatchingPeftModuleError: If nothing is targeted.
         ValueError: If labels or head do not fit, a target is not a linear layer, the rank exceeds a layer's width, the
-            config carries the layout of other layers, or the model has something else in the place of the factors.
+            config carries the layout of other layers, the model has something else in the place of the factors, or
+            it is already sharded.
     """
+    check_not_sharded(model)
     config = copy.copy(asked)
+    config.base_model_name_or_path = with_folders_marked(config.base_model_name_or_path)
     if config.modules_to_save is None:
         classifiers = find_classifiers(model)
         if classifiers:
             check_trainable(classifiers, model)
             config.modules_to_save = classifiers
             logger.info("FacT also trains and saves modules_to_save=%s; pass [] to switch this off.", classifiers)
-    config.labels = fitting_labels(config.labels, model, config.modules_to_save or [])
+    heads = config.modules_to_save or []
+    try:
+        config.labels = fitting_labels(config.labels, model, heads)
+    except ValueError:
+        if not mismatched_heads_are_ignored():
+            raise
+        config.labels = fitting_labels(None, model, heads)
     if config.target_modules is None:
         config.target_modules = default_targets(config, model)
+    all_linear = str(config.target_modules).lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)
+    if all_linear:  # PEFT looks for modules, which an in_proj becomes only later
+        assert isinstance(config.target_modules, set)
+        config.target_modules |= {name for name in find_linears(model) if name.rpartition(".")[2] == IN_PROJ}
     targets = config.target_modules
     if isinstance(targets, set) and targets and targets is not asked.target_modules:
         # As suffixes, so that a deeper model matches more layers than the layout lists, and is noticed.
-        others = {name for name, _ in walk(model)} - targets
+        others = {*(name for name, _ in walk(model)), *find_linears(model)} - targets
         config.target_modules = _find_minimal_target_modules(targets, others)
     return config, plan_slices(config, model)
 
@@ -112,6 +129,23 @@ def is_targeted(config: Any, name: str) -> Any:
     return check_target_module_exists(config, f".{name}")
 
 
+def check_not_sharded(model: nn.Module) -> None:
+    """Refuse a model that is already spread over processes by FSDP2 or tensor parallelism.
+
+    Factors made now would lie whole on every rank, and nobody would sum their gradients: one adapter a rank.
+
+    Raises:
+        ValueError: If a parameter is a DTensor.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name} of {type(model).__name__} is already sharded over processes ({parameter.device_mesh}), so "
+                "every rank would train an adapter of its own. Make or load the adapter first and shard the whole "
+                "then, with fully_shard, accelerate or Trainer; load the base without a distributed_config."
+            )
+
+
 def check_adapter_name(adapter_name: str) -> None:
     """Refuse names that cannot be keys of the factors' dicts.
 
@@ -141,19 +175,17 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
             f"{type(model).__name__} has an attribute {FACTORS!r} of its own, where FacT registers the shared factors; "
             "rename it, or adapt a submodule."
         )
-    linears = find_linears(model)
-    targets = {}
-    for name, module in walk(model):
-        if not is_targeted(config, name):
-            continue
-        if name not in linears:
+    linears, modules = find_linears(model), dict(walk(model))
+    for name, module in modules.items():
+        if name not in linears and is_targeted(config, name):
             raise ValueError(
                 f"target_modules={config.target_modules!r} matches {name}, a {type(module).__name__}; FacT adapts "
-                "nn.Linear and Conv1D layers that are called as modules. Name linear layers only, or leave "
-                "target_modules=None to adapt all of them inside the transformer blocks."
+                "nn.Linear and Conv1D layers, and in_proj and out_proj of nn.MultiheadAttention. Name linear layers "
+                "only, or leave target_modules=None to adapt all of them inside the transformer blocks."
             )
-        targets[name] = linears[name]
-        if config.fan_in_fan_out and isinstance(base_of(module), nn.Linear):
+    targets = {name: shape for name, shape in linears.items() if is_targeted(config, name)}
+    for name in targets:
+        if config.fan_in_fan_out and name in modules and isinstance(base_of(modules[name]), nn.Linear):
             warnings.warn(
                 f"fan_in_fan_out=True, but {name} is an nn.Linear, which stores its weight as (out, in); "
                 "setting fan_in_fan_out=False.",
@@ -180,8 +212,26 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
                 f"{owned.out_features} features); use a rank of at most {width}, or exclude_modules to leave it out."
             )
     if config.layout is None:
+        check_readable(layout, targets)
         config.layout = layout
     return slices
+
+
+def check_readable(layout: list[str], targets: dict[str, tuple[int, int]]) -> None:
+    """Refuse names that make a layout which cannot be read back, since the adapter would save and never load again.
+
+    Raises:
+        ValueError: If a layer has such a name.
+    """
+    try:
+        readable = read_layout(layout) == targets
+    except ValueError:
+        readable = False
+    if not readable:
+        raise ValueError(
+            f"These layers cannot be written down, {some(targets)}: probably a name has a comma, a colon or a space in "
+            "it; rename that module, or leave it out with exclude_modules."
+        )
 
 
 def layout_mismatch(config: FacTConfig, layout: list[str], model: nn.Module) -> str:

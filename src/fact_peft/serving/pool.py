@@ -1,0 +1,185 @@
+"""Thousands of adapters with their heads and labels on one frozen model, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..method.fused_linear import autocast_dtype
+from ..operations.inspection import SavedAdapter
+from ..tuner.call import BASE
+from ..tuner.config import FacTConfig
+from .gathering import gather
+from .network import Network, calling_with
+from .prediction import Prediction
+from .shelf import Shelf
+from .version import Version, checked, increment_norms, read
+
+Source = str | Path | SavedAdapter | tuple[FacTConfig, dict[str, Tensor]]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AdapterPool:
+    """One pass over a batch in which every image has the adapter, or the adapters, it asks for.
+
+    An adapter is one vector of numbers, neither module nor parameter. Any number of threads may call the pool and load
+    into it at once: a call computes with the whole version of each adapter that the pool had when it began.
+    """
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        *,
+        device_capacity: int | None = None,
+        host_capacity: int | None = None,
+        spill_folder: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """
+        Args:
+            vit: An image classifier of transformers or timm with linear heads and without adapters. It is not changed;
+                the pool works on its weights, not on a copy of them.
+            device_capacity: How many adapters are kept on the device of `vit`; None for all.
+            host_capacity: How many of the others are kept in host memory; None for all.
+            spill_folder: Where the rest lies.
+            dtype: What the adapters are stored in: float32, bfloat16 or float16.
+
+        Raises:
+            ValueError: If `vit` has adapters or no linear head, or a capacity or the dtype is out of range.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype} is none of {', '.join(map(str, DTYPES))}.")
+        self.network = Network(vit)
+        self.dtype = dtype
+        self._run: Any = self.network.module
+        self._lock = Lock()  # of the two below
+        self._shelf = Shelf(self.network.reference.device, device_capacity, host_capacity, spill_folder)
+        self._versions: dict[str, Version] = {}
+        self._loads = 0
+
+    def load(self, name: str, source: Source, *, revision: str | None = None, token: str | bool | None = None) -> None:
+        """Take in an adapter, in place of an earlier one of this name.
+
+        Args:
+            name: What calls will ask for.
+            source: Folder, name on the Hub, or from memory a `SavedAdapter` or a config with what
+                `get_peft_model_state_dict` gives.
+            revision: Branch, tag or commit on the Hub.
+            token: Hub token.
+
+        Raises:
+            ValueError: If it cannot be read, does not fit the model, or has something that cannot be pooled: biases or
+                modules beside the head. The pool is then as it was.
+        """
+        if not isinstance(name, str) or not name or name == BASE:
+            raise ValueError(f"name={name!r} cannot name an adapter; pass a string that is not empty nor {BASE!r}.")
+        version, vector = checked(name, read(source, revision, token), self.network, self.dtype)
+        with self._lock:
+            self._shelf.put(version, vector)
+            earlier = self._versions.get(name)
+            self._versions[name] = version
+            if earlier is not None:
+                self._shelf.drop(earlier)
+            self._loads += 1
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Calls that have begun finish with it.
+
+        Raises:
+            ValueError: If there is none of this name.
+        """
+        with self._lock:
+            self._shelf.drop(self._version(name))
+            del self._versions[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._versions
+
+    def __len__(self) -> int:
+        return len(self._versions)
+
+    def names(self) -> list[str]:
+        """The names of all adapters, in the order they were loaded first."""
+        with self._lock:
+            return list(self._versions)
+
+    def stats(self) -> dict[str, int]:
+        """How many adapters are ``resident`` on the device, in ``host`` memory and on ``disk``, the ``bytes`` of those
+        in memory, and since the beginning ``evictions`` from the device and ``loads``."""
+        with self._lock:
+            return {**self._shelf.stats(), "loads": self._loads}
+
+    def increment_norms(self, name: str) -> dict[str, float]:
+        """Frobenius norm of an adapter's dW, scale included, by layer name: where it acts.
+
+        Raises:
+            ValueError: If there is none of this name.
+        """
+        with self._lock:
+            version = self._version(name)
+            vector = self._shelf.take(version)
+        return increment_norms(version, vector)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the model with ``torch.compile``. Other adapters do not compile it again; a rank or a number of
+        labels beyond the next power of two, and another batch size, may."""
+        self._run = torch.compile(self.network.module, **options)
+
+    @torch.no_grad()
+    def __call__(
+        self, pixel_values: Tensor, adapters: Sequence[str | Sequence[str] | None]
+    ) -> list[Prediction | list[Prediction]]:
+        """What adapters say of images.
+
+        Args:
+            pixel_values: (B, channels, height, width), on the device of the model.
+            adapters: For every image the name of an adapter, a list of names, or None for the model alone.
+
+        Returns:
+            For every image a prediction, or a list of them where `adapters` has a list.
+
+        Raises:
+            ValueError: If `adapters` is not one entry per image, or names an adapter that is not there.
+        """
+        if isinstance(adapters, str) or len(adapters) != len(pixel_values):
+            raise ValueError(f"adapters={adapters!r} is not one entry for each of {len(pixel_values)} images.")
+        asked = [
+            (image, None if name == BASE else name)
+            for image, entry in enumerate(adapters)
+            for name in ([entry] if entry is None or isinstance(entry, str) else entry)
+        ]
+        predictions = iter(self._predict(pixel_values, asked) if asked else [])
+        return [
+            next(predictions) if entry is None or isinstance(entry, str) else [next(predictions) for _ in entry]
+            for entry in adapters
+        ]
+
+    def _predict(self, pixel_values: Tensor, asked: Sequence[tuple[int, str | None]]) -> list[Prediction]:
+        """One prediction for each pair of image and adapter."""
+        with self._lock:
+            versions = [None if name is None else self._version(name) for _, name in asked]
+            owners = [None if version is None else (version, self._shelf.take(version)) for version in versions]
+        rows = [image for image, _ in asked]
+        if rows != list(range(len(pixel_values))):
+            pixel_values = pixel_values[torch.tensor(rows, device=pixel_values.device)]
+        dtype = autocast_dtype(pixel_values) or self.network.reference.dtype
+        with calling_with(gather(owners, self.network, dtype) if any(owners) else None):
+            output = self._run(pixel_values)
+        # Cloned, since a compiled network may write its next output into the same memory.
+        logits = (output if isinstance(output, Tensor) else output.logits).clone()
+        predictions = []
+        for (_, name), version, scores in zip(asked, versions, logits, strict=True):
+            num_labels = self.network.num_labels if version is None else version.num_labels
+            labels = self.network.labels if version is None else version.labels
+            predictions.append(Prediction(name, scores[:num_labels], labels))
+        return predictions
+
+    def _version(self, name: str) -> Version:
+        if name not in self._versions:
+            raise ValueError(f"There is no adapter {name!r} in the pool; load it first.")
+        return self._versions[name]

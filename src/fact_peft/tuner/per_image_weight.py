@@ -1,0 +1,56 @@
+"""The weight of a layer in a mixed batch, for models that read it instead of calling the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
+
+# What one may ask a weight without using its numbers.
+LOOKS = {
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
+}
+
+
+class PerImageWeight(Tensor):
+    """What stands for a weight that is another matrix for every image.
+
+    It looks like the frozen weight, and ``nn.functional.linear`` multiplies each image by its own matrix. Nothing else
+    can be done with it, so that no image is silently multiplied by the matrix of another one.
+    """
+
+    frozen: Tensor
+    add_increments: Callable[[Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, weight: Tensor, add_increments: Callable[[Tensor, Tensor], Tensor]) -> PerImageWeight:
+        """
+        Args:
+            weight: The frozen weight (out, in).
+            add_increments: From x and x W^T + b to the output with every image's increment.
+        """
+        per_image = weight.detach().as_subclass(cls)
+        per_image.frozen, per_image.add_increments = weight, add_increments
+        return per_image
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear:
+            return multiply(*args, **kwargs)
+        if func not in LOOKS:
+            raise NotImplementedError(
+                "With adapter_names the weight of an adapted layer is another matrix for every image, and "
+                f"{getattr(func, '__name__', func)}() cannot use it. This model wants one adapter at a time: call it "
+                "with the images of one adapter, and adapter_names of one name."
+            )
+        with DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+def multiply(input: Tensor, weight: PerImageWeight, bias: Tensor | None = None) -> Tensor:
+    """``nn.functional.linear``, under its names of the arguments."""
+    return weight.add_increments(input, nn.functional.linear(input, weight.frozen, bias))

@@ -1,0 +1,273 @@
+"""The frontier benchmark on tiny backbones and tasks written here as parquet files."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch import nn
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from benchmarks.frontier import tasks
+from benchmarks.frontier.backbones import load
+from benchmarks.frontier.bottlenecks import SCALE, Bottlenecks
+from benchmarks.frontier.methods import METHODS
+from benchmarks.frontier.prompts import DeepPrompts
+from benchmarks.frontier.report import chosen, fixed, means, panels
+from benchmarks.frontier.search import is_head
+from benchmarks.frontier.tasks import Labelled, kinds, read_task, task_names
+
+ROOT = Path(__file__).parents[1]
+SIZE = 28  # four patches, where the backbone was made for nine
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+NONE = Labelled(torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8), torch.empty(0, dtype=torch.long))
+
+
+def dinov2(num_labels: int = 3) -> Dinov2ForImageClassification:
+    torch.manual_seed(0)
+    return Dinov2ForImageClassification(
+        Dinov2Config(image_size=42, patch_size=14, num_labels=num_labels, initializer_range=0.2, **SHAPE)
+    ).eval()
+
+
+def images(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A headless Dinov2 with its image processor, and three tasks whose classes are colours."""
+    torch.manual_seed(0)
+    Dinov2Model(dinov2().config).save_pretrained(tmp_path / "backbone")
+    BitImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.1, 0.2, 0.3]).save_pretrained(tmp_path / "backbone")
+    random = np.random.default_rng(0)
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["red", "green", "blue"])})
+    (tmp_path / "tasks").mkdir()
+    for name in ("dtd10", "own", "yaleb-azimuth"):
+        for split, count in (("train", 12), ("val", 6), ("test", 9)):
+            cells = []
+            for label in range(count):
+                pixels = random.integers(0, 100, (20, 30, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 155
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                cells.append({"bytes": buffer.getvalue(), "path": None})
+            table = Dataset.from_dict({"image": cells, "label": [k % 3 for k in range(count)]}, features=features)
+            table.to_parquet(tmp_path / "tasks" / f"{name}-{split}.parquet")
+    (tmp_path / "tasks" / "kinds.json").write_text('{"own": "specialised"}')
+    return tmp_path
+
+
+# Tasks
+
+
+def test_a_task_is_read_from_its_three_files_and_decoded_once(folder, monkeypatch):
+    assert task_names(folder / "tasks") == ["dtd10", "own", "yaleb-azimuth"]
+    assert {kinds(folder / "tasks")[name] for name in task_names(folder / "tasks")} == set(tasks.GROUPS)
+    task = read_task(folder / "tasks", "own", SIZE, folder / "cache")
+    assert [split.images.shape for split in task[:3]] == [(count, 3, SIZE, SIZE) for count in (12, 6, 9)]
+    assert task.num_labels == 3 and task.test.labels.tolist() == [0, 1, 2] * 3
+    assert (task.val.images.float().mean((2, 3)).argmax(1) == task.val.labels).all()
+    monkeypatch.setattr(tasks, "decode", lambda *_: pytest.fail("decoded again"))
+    again = read_task(folder / "tasks", "own", SIZE, folder / "cache")
+    assert torch.equal(again.train.images, task.train.images) and torch.equal(again.train.labels, task.train.labels)
+
+
+def test_a_task_without_all_splits_is_none_and_a_label_beyond_the_classes_is_refused(folder):
+    (folder / "tasks" / "own-val.parquet").unlink()
+    assert task_names(folder / "tasks") == ["dtd10", "yaleb-azimuth"]
+    with pytest.raises(ValueError, match="has no task; each needs the files NAME-train"):
+        task_names(folder)
+    # Plain integers: the classes are those of the training images.
+    for split, labels in (("train", [0, 1]), ("val", [0]), ("test", [2])):
+        cell = pd.read_parquet(folder / "tasks" / "dtd10-val.parquet")["image"][0]
+        pd.DataFrame({"image": [cell] * len(labels), "label": labels}).to_parquet(folder / f"plain-{split}.parquet")
+    with pytest.raises(ValueError, match=r"plain-test\.parquet has the labels 2 to 2, outside 0 to 1"):
+        read_task(folder, "plain", SIZE, folder / "cache")
+
+
+# Backbones
+
+
+def test_a_backbone_has_its_own_normalisation_and_a_fresh_head_for_every_seed(folder):
+    backbone = load(str(folder / "backbone"), "float32")
+    pixels = torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    expected = (pixels / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.1, 0.2, 0.3]).view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(backbone.normalise(pixels), expected)
+    torch.manual_seed(0)
+    one, same_size = backbone.build(5), backbone.build(5)
+    assert one.classifier.out_features == 5
+    assert not torch.equal(one.classifier.weight, same_size.classifier.weight)
+    assert torch.equal(one.dinov2.encoder.layer[1].mlp.fc1.weight, same_size.dinov2.encoder.layer[1].mlp.fc1.weight)
+    assert load(str(folder / "backbone"), "bfloat16").fingerprint == backbone.fingerprint
+
+
+def test_a_pretrained_head_of_the_same_size_is_replaced_and_positions_are_interpolated(tmp_path):
+    torch.manual_seed(0)
+    vit = ViTForImageClassification(ViTConfig(image_size=42, patch_size=14, num_labels=3, **SHAPE))
+    vit.save_pretrained(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    backbone = load(str(tmp_path), "float32")
+    model = backbone.build(3)
+    assert not torch.equal(model.classifier.weight, vit.classifier.weight)
+    assert backbone.logits(model, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("precision, error", [("float32", 1e-6), ("bfloat16", 0.1)])
+def test_bfloat16_changes_the_logits_a_little(folder, precision, error):
+    backbone = load(str(folder / "backbone"), precision)
+    model = backbone.build(3).eval()
+    pixels = torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    with torch.no_grad():
+        plain = model(pixel_values=backbone.normalise(pixels)).logits
+        difference = (backbone.logits(model, pixels) - plain).abs().max().item()
+    # bfloat16 has 8 bits, and the logits are around 1.
+    assert difference < error and (difference > 1e-4) == (precision == "bfloat16")
+
+
+# Methods
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_heads_and_what_it_says(name):
+    model = METHODS[name].adapt(dinov2(), NONE)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    heads = {name for name in trained if is_head(name, ["classifier"])}
+    assert len(heads) == 2
+    assert (trained == heads) == (name == "linear probe")
+    multiplied = {part for part in METHODS[name].multipliers if any(part in name for name in trained)}
+    assert multiplied == set(METHODS[name].multipliers)
+    counts = {
+        "full fine-tuning": sum(p.numel() for p in dinov2().dinov2.parameters()),
+        "BitFit": 32 + 2 * (4 * 32 + 128 + 32) + 5 * 32,  # patches; two blocks; five norms
+        "LN tuning": 5 * 2 * 32,
+        "VPT-deep p=10": 2 * 10 * 32,
+        "AdaptFormer h=8": 2 * (2 * 32 * 8 + 8 + 32),
+        "LoRA r=1": 2 * (4 * 64 + 2 * 160),
+        "FacT-TT r=4, orthogonal": 2 * 32 * 4 + 24 * 16,
+        "FacT-TK r=8": 2 * 32 * 8 + 8**3 + 24 * 8,
+    }
+    if name in counts:
+        parameters = dict(model.named_parameters())
+        assert sum(parameters[key].numel() for key in trained - heads) == counts[name]
+
+
+def test_prompts_stand_behind_the_first_token_of_every_block_and_nowhere_else():
+    model, pixels = dinov2(), images(2, 1)
+    prompted = DeepPrompts(dinov2(), num_prompts=3)
+    with torch.no_grad():
+        tokens = model.dinov2.embeddings(pixels)
+        for prompts, block in zip(prompted.prompts, model.dinov2.encoder.layer, strict=True):
+            tokens = block(torch.cat((tokens[:, :1], prompts.expand(2, -1, -1), tokens[:, 1:]), dim=1))
+            tokens = torch.cat((tokens[:, :1], tokens[:, 4:]), dim=1)
+        tokens = model.dinov2.layernorm(tokens)
+        expected = model.classifier(torch.cat((tokens[:, 0], tokens[:, 1:].mean(1)), dim=1))
+        logits = prompted.eval()(pixel_values=pixels).logits
+        torch.testing.assert_close(logits, expected)
+        assert (logits - model(pixel_values=pixels).logits).abs().max() > 0.01
+
+
+def test_a_bottleneck_is_zero_at_first_and_then_a_branch_beside_the_mlp():
+    model, pixels = dinov2(), images(2, 1)
+    adapted = Bottlenecks(dinov2(), width=4).eval()
+    with torch.no_grad():
+        assert torch.equal(adapted(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+        for parameter in adapted.bottlenecks.parameters():
+            nn.init.normal_(parameter)
+
+        def add(bottleneck):
+            return lambda mlp, arguments, output: (
+                output + SCALE * bottleneck.up(torch.relu(bottleneck.down(arguments[0])))
+            )
+
+        for block, bottleneck in zip(model.dinov2.encoder.layer, adapted.bottlenecks, strict=True):
+            block.mlp.register_forward_hook(add(bottleneck))
+        torch.testing.assert_close(adapted(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+
+
+# Report
+
+
+def runs(*rows: tuple[str, str, float, int, float, float]) -> pd.DataFrame:
+    columns = ["task", "method", "learning_rate", "seed", "val_accuracy", "test_accuracy"]
+    return pd.DataFrame(rows, columns=columns).assign(parameters=1, sizes=[[10, 10, 100]] * len(rows), seconds=1.0)
+
+
+def test_without_a_search_the_rate_is_the_best_on_the_mean_of_the_choosing_tasks():
+    measured = runs(
+        ("a", "m", 1.0, 0, 90, 0), ("a", "m", 2.0, 0, 50, 0),
+        ("b", "m", 1.0, 0, 10, 0), ("b", "m", 2.0, 0, 60, 0),
+        ("c", "m", 1.0, 0, 99, 99), ("c", "m", 2.0, 0, 0, 20), ("c", "m", 2.0, 1, 0, 30),
+        ("a", "other", 1.0, 0, 90, 0),
+    )  # fmt: skip
+    of_others = fixed(measured, ["a", "b"])
+    assert of_others[["task", "method", "test_accuracy"]].values.tolist() == [["c", "m", 20], ["c", "m", 30]]
+    assert fixed(measured, ["a", "absent"]).empty
+    # A task that was only run at a rate chosen elsewhere is not a searched one.
+    assert set(chosen(measured.query("learning_rate == 1 or task != 'b'"))["task"]) == {"a", "c"}
+
+
+def test_means_are_of_methods_measured_on_all_tasks_and_spread_over_seeds():
+    measured = runs(
+        ("a", "m", 1.0, 0, 0, 50), ("a", "m", 1.0, 1, 0, 70), ("b", "m", 1.0, 0, 0, 20), ("b", "m", 1.0, 1, 0, 40),
+        ("a", "half", 1.0, 0, 0, 99),
+    )  # fmt: skip
+    (row,) = means(measured, ["a", "b"]).to_dict("records")
+    assert row["method"] == "m" and row["mean"] == 45 and row["num_seeds"] == 2
+    assert row["std"] == pytest.approx(np.std([35, 55], ddof=1))
+    # Of proportions 0.6 and 0.3 among 100 images each.
+    assert row["sampling"] == pytest.approx(100 * np.sqrt(0.6 * 0.4 / 100 + 0.3 * 0.7 / 100) / 2)
+    by_group = panels(measured, {"a": "natural", "b": "structured"})
+    assert list(by_group) == ["natural", "structured", "mean"]
+    assert sorted(by_group["natural"]["mean"]) == [60, 99] and list(by_group["mean"]["mean"]) == [45]
+
+
+def test_the_command_measures_what_is_missing_and_writes_tables_and_plot(folder):
+    output, page = folder / "results", folder / "page.md"
+    marker = f"python -m benchmarks.frontier --output {output}"
+    page.write_text(f"<!-- begin: {marker} -->\n<!-- end: {marker} -->\n")
+    command = [sys.executable, "-m", "benchmarks.frontier", "--backbone", folder / "backbone", "--data"]
+    command += [folder / "tasks", "--image_size", SIZE, "--epochs", 1, "--batch_size", 6, "--trials", 2]
+    command += ["--num_seeds", 2, "--choose_on", "dtd10", "own", "--methods", "linear probe", "FacT-TT r=1"]
+    command += ["--output", output, "--write", page, "--precision", "bfloat16"]
+
+    def call(*more: object) -> str:
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "src")))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        arguments = [*map(str, command), *map(str, more)]
+        done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    call("--tasks", "dtd10", "own")  # as if interrupted before the last task
+    records = {name: json.loads((output / f"{name}.json").read_text()) for name in ("dtd10", "own")}
+    assert [len(records[name]) for name in records] == [4, 4] and not (output / "yaleb-azimuth.json").exists()
+    call()
+    assert {name: json.loads((output / f"{name}.json").read_text()) for name in records} == records
+    last = json.loads((output / "yaleb-azimuth.json").read_text())
+    assert [record["setting"]["seed"] for record in last] == [0, 1] * 2
+    assert len({(r["setting"]["method"], r["setting"]["learning_rate"]) for r in last}) == 2
+    text = page.read_text()
+    assert "| method | parameters | yaleb-azimuth | structured | mean |" in text and "| FacT-TT r=1 | 88 |" in text
+    assert "dtd10, own; test accuracy in % on the other tasks" in text
+    assert (output / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "seed 0" not in call()

@@ -1,0 +1,138 @@
+"""``python -m fact_peft`` on folders made by somebody careless or hostile: one line, and a status that is not 0."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from backbones import make_backbone
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+
+from fact_peft import FacTConfig
+from fact_peft.__main__ import main
+from fact_peft.method.tensorization import read_layout
+from fact_peft.operations.inspection import describe, read_adapter
+
+BLOCK = "vit.layers.0-1: attention.q_proj 32x32"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    get_peft_model(make_backbone("vit"), FacTConfig(rank=3, init_weights=False)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def printed_refusal(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["fact_peft", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    message = exit.value.code
+    assert isinstance(message, str) and message.startswith("python -m fact_peft: ")  # which exits with status 1
+    assert message.isprintable()
+    return message
+
+
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        (["vit.layers.0-999999999: attention.q_proj 32x32"], "more than 100,000 layers"),
+        (["vit.layers.0-99999: " + "q 8x8, " * 1000 + "q 8x8"], "more than 100,000 layers"),
+        ([f"vit.layers.{i * 99999}-{i * 99999 + 99998}: q 8x8" for i in range(2)], "more than 100,000 layers"),
+        (["vit.layers.0-1: attention.q_proj"], "not of the form"),
+        (["vit.layers.0-1: attention.q_proj 32"], "not of the form"),
+        (["vit.layers.0-1: attention.q_proj 0x32"], "not of the form"),
+        (["vit.layers.0-1: attention.q_proj -32x32"], "not of the form"),
+        (["vit.layers.0-1: attention.q_proj 1e9x32"], "not of the form"),
+        (["vit.layers.x: attention.q_proj 32x32"], "not of the form"),
+        ([f"vit.layers.0-{'9' * 5000}: attention.q_proj 32x32"], "not of the form"),
+        ([f"q {'9' * 5000}x8"], "not of the form"),
+        (["vit.layers.1-0: "], "not of the form"),
+        ([""], "not of the form"),
+        ([BLOCK, BLOCK], "lists 'vit.layers.0.attention.q_proj' twice"),
+        ([BLOCK], "does not fit its config"),
+        ([], "no part of the adapter"),
+        (None, "has no layout"),
+        (5, "layout=5 is not a list of strings"),
+        ([5], r"layout=\[5\] is not a list of strings"),
+        (BLOCK, "is not a list of strings"),
+        ({"a": 1}, "is not a list of strings"),
+    ],
+    ids=repr,
+)
+def test_bad_layout(layout, message, folder, monkeypatch):
+    edit(folder, layout=layout)
+    assert re.search(message, printed_refusal(monkeypatch, folder))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "Expecting value"),
+        ("[]", "is not the config of an adapter"),
+        ("5", "is not the config of an adapter"),
+        ("null", "is not the config of an adapter"),
+        ("{}", "is not a FacT adapter"),
+        ('{"peft_type": "NOTHING"}', "is not the config of an adapter"),
+        ('{"peft_type": ["FACT"]}', "is not the config of an adapter"),
+        ('{"peft_type": "FACT", "rank": 1e400}', "rank=inf is not an integer"),
+        ('{"peft_type": "FACT", "scale": NaN}', "scale=nan is not finite"),
+        ("[" * 100_000, "is not the config of an adapter"),
+        (b"\xff\xfe\x00", "decode"),
+    ],
+)
+def test_bad_config(content, message, folder, monkeypatch):
+    (folder / "adapter_config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert message in printed_refusal(monkeypatch, folder)
+
+
+def test_missing_paths(folder, tmp_path, monkeypatch):
+    assert "neither a folder nor a name on the Hub" in printed_refusal(monkeypatch, tmp_path / "nowhere")
+    assert "neither a folder nor a name on the Hub" in printed_refusal(monkeypatch, "no such/folder/x")
+    assert "neither a folder nor a name on the Hub" in printed_refusal(monkeypatch, "a\x1b[31mb")
+    assert "has no adapter_config.json" in printed_refusal(monkeypatch, tmp_path)
+    assert "has no adapter_config.json" in printed_refusal(monkeypatch, folder / "adapter_model.safetensors")
+    printed_refusal(monkeypatch, folder, "--map", tmp_path / "nowhere" / "map.png")
+    printed_refusal(monkeypatch, folder, "--map", tmp_path / "map.nothing")
+    (folder / "adapter_model.safetensors").unlink()
+    assert "has no adapter_model.safetensors" in printed_refusal(monkeypatch, folder)
+
+
+def test_damaged_and_foreign_files(folder, monkeypatch):
+    file = folder / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    assert "is not a whole safetensors file" in printed_refusal(monkeypatch, folder)
+    save_file({"\x1b[31m\nred": torch.zeros(1)}, file)
+    assert r"\x1b[31m" in printed_refusal(monkeypatch, folder)
+    get_peft_model(make_backbone("vit"), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    assert "is not a FacT adapter" in printed_refusal(monkeypatch, folder)
+
+
+def test_names_reach_the_terminal_quoted(folder):
+    nasty = ["\x1b[2J\x1b]0;owned\x07", "a\nlabels      forged", "\u202egnirts", "\r", "plain", "Gänseblümchen"]
+    edit(folder, labels=nasty[:5], base_model_name_or_path="\x1b[31mred")
+    text = describe(read_adapter(folder))
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert r"\x1b[2J\x1b]0;owned\x07, a\nlabels      forged, \u202egnirts, \r, plain" in text
+    assert r"base        \x1b[31mred" in text
+    edit(folder, labels=["Gänseblümchen", "日本"] * 2 + ["e"])
+    assert "Gänseblümchen, 日本" in describe(read_adapter(folder))
+
+
+def test_names_with_formulas_are_drawn_as_they_are(tmp_path, monkeypatch, capsys):
+    model = torch.nn.ModuleDict({"$\\frac{": torch.nn.Linear(8, 8)})
+    get_peft_model(model, FacTConfig(rank=2, target_modules=["$\\frac{"])).save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fact_peft", str(tmp_path), "--map", str(tmp_path / "map.png")])
+    main()
+    assert "map.png" in capsys.readouterr().out
+
+
+def test_as_many_layers_as_models_have_are_read():
+    assert len(read_layout(["model.layers.0-999: " + ", ".join(f"experts.{i}.up 8x8" for i in range(99))])) == 99_000
