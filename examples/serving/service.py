@@ -176,17 +176,17 @@ class Service:
         else:
             files, described = from_hub(source.hub, source.revision, self.settings.hub_owners)
         replaced = name in self.pool.known()
-        self.catalogue.put(name, files, described, self.try_loading)
+        self.catalogue.put(name, files, described, lambda copy: self.try_loading(f"new {name}", copy))
         return {"name": name, "source": described, "replaced": replaced}
 
-    def try_loading(self, folder: Path) -> None:
+    def try_loading(self, name: str, folder: Path) -> None:
         """Refuse what the pool refuses, under a name that no request can have."""
         check_processor(folder, json.loads(self.processor.to_json_string()))
         try:
-            self.pool.pool.load(".candidate", folder)
+            self.pool.pool.load(name, folder)
         except ValueError as error:
             raise Refused(422, str(error)) from error
-        self.pool.pool.unload(".candidate")
+        self.pool.pool.unload(name)
 
     def write_metrics(self) -> None:
         while True:

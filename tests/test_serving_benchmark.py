@@ -1,0 +1,93 @@
+"""The load generator of benchmarks/serving, against servers whose latency is known, and its table."""
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+pytest.importorskip("aiohttp", reason='the load generator needs aiohttp: pip install ".[serving]"')
+
+from benchmarks.reporting.results import Results
+from benchmarks.serving import open_loop
+from benchmarks.serving.report import plot, report
+
+
+@contextmanager
+def server(seconds: float, one_at_a_time: bool = False, refuse: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Answers every request after so many seconds; yields its address and the paths it was asked for."""
+    asked, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            if one_at_a_time:
+                with lock:
+                    time.sleep(seconds)
+            else:
+                time.sleep(seconds)
+            self.send_response(503 if self.path.endswith(f"={refuse}") else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listening.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_port}", asked
+    finally:
+        listening.shutdown()
+        listening.server_close()
+        thread.join()
+
+
+def test_requests_leave_at_their_rate_whether_or_not_earlier_ones_were_answered():
+    with server(0.3) as (url, asked):
+        measured = asyncio.run(open_loop.send(url, [b"image"], ["a", "b"] * 20, rate=40))
+    assert Counter(asked) == {"/predict?adapter=a": 20, "/predict?adapter=b": 20}
+    assert measured["unanswered"] == 0
+    assert 300 <= measured["p50"] < 600  # in turns they would have waited for twenty others, 6 s
+    assert 20 < measured["throughput"] <= 40 / (39 / 40 + 0.3) + 1
+
+
+def test_waiting_behind_others_counts_as_latency():
+    with server(0.05, one_at_a_time=True) as (url, _):
+        measured = asyncio.run(open_loop.send(url, [b"image"], ["a"] * 20, rate=200))
+    assert measured["p99"] > 800  # 20 x 50 ms after another, all due within 100 ms
+
+
+def test_what_is_refused_or_late_is_counted(monkeypatch):
+    with server(0.0, refuse="b") as (url, _):
+        assert asyncio.run(open_loop.send(url, [b"image"], ["a", "b", "b"], rate=50))["unanswered"] == 2
+    monkeypatch.setattr(open_loop, "PATIENCE", 0.2)
+    with server(0.5) as (url, _):
+        measured = asyncio.run(open_loop.send(url, [b"image"], ["a"], rate=50))
+    assert (measured["unanswered"], measured["p50"], measured["throughput"]) == (1, None, 0)
+
+
+def test_draws_follow_their_laws():
+    few = np.bincount(open_loop.uniform(10, 10_000, seed=0), minlength=10)
+    assert 800 < few.min() < few.max() < 1200  # 1,000 each, give or take six standard deviations
+    ranked = np.bincount(open_loop.zipf(1000, 10_000, seed=0), minlength=1000)
+    expected = 10_000 / sum(1 / rank for rank in range(1, 1001))
+    assert ranked[0] == pytest.approx(expected, rel=0.1)
+    assert ranked[1] == pytest.approx(expected / 2, rel=0.15)
+
+
+def test_the_table_has_a_row_for_every_rate(tmp_path):
+    results = Results(tmp_path / "results.json")
+    measured = {"p50": 10.0, "p95": 1234.5, "p99": None, "throughput": 4.95, "unanswered": 3, "batch": 1.26}
+    for rate in (5, 10):
+        results.add({"served": "pool", "requests": "Zipf", "num_adapters": 9, "rate": rate, "seconds": 1}, measured)
+    assert "| pool | Zipf | 10 | 5.0 | 10 | 1,234 | - | 3 | 1.3 |" in report(results)
+    plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
