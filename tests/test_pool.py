@@ -248,6 +248,16 @@ def test_least_recently_used_move_to_host_and_disk_and_back(tmp_path):
     assert not list((tmp_path / "spill").iterdir())
 
 
+def test_an_adapter_that_was_used_stays(tmp_path):
+    make_adapter(tmp_path)
+    pool = AdapterPool(make_backbone("vit"), device_capacity=2)
+    for name in ("a", "b"):
+        pool.load(name, tmp_path)
+    pool(images(), ["a"] * 3)
+    pool.load("c", tmp_path)
+    assert [name for name in pool.names() if pool._versions[name] in pool._shelf._on_device] == ["a", "c"]
+
+
 def test_a_lost_file_is_reported_and_the_others_go_on(tmp_path):
     for i in range(3):
         make_adapter(tmp_path / str(i), seed=i)
