@@ -365,11 +365,30 @@ def test_a_model_inside_another_has_its_own_adapters():
     def ask_the_teacher(module, args):
         for key, inner in asked.items():
             seen[key] = teacher(pixel_values=pixels, adapter_names=inner).logits
+        seen["bare"] = teacher.get_base_model()(pixel_values=pixels).logits  # which nobody tells about adapters
 
     student.get_base_model().vit.register_forward_pre_hook(ask_the_teacher)
     torch.testing.assert_close(student(pixel_values=pixels, adapter_names=names).logits, alone_logits)
-    for key in asked:
+    expected["bare"] = expected["plain"]
+    for key in expected:
         torch.testing.assert_close(seen[key], expected[key])
+
+
+def test_a_model_called_inside_itself_has_the_active_adapter_again():
+    model = with_adapters(make_backbone("vit"))
+    pixels = images(torch.float64, 3)
+    names = ["__base__", "headless", "tucker"]
+    plain, mixed = model(pixel_values=pixels).logits, model(pixel_values=pixels, adapter_names=names).logits
+    seen = []
+
+    def ask_itself(module, args):
+        if not seen:
+            seen.append(None)
+            seen.append(model(pixel_values=pixels).logits)
+
+    model.get_base_model().vit.register_forward_pre_hook(ask_itself)
+    torch.testing.assert_close(model(pixel_values=pixels, adapter_names=names).logits, mixed)
+    torch.testing.assert_close(seen[1], plain)
 
 
 def test_a_layer_that_reads_the_same_tensor_after_it_was_written_to_reads_it_anew():
