@@ -21,7 +21,7 @@ from fact_peft import FacTConfig
         ({"rank": 4.0}, "rank=4.0 is not an integer"),
         ({"rank": True}, "rank=True is not an integer"),
         ({"rank": "8"}, "rank='8' is not an integer"),
-        ({"decomposition": "cp"}, "decomposition='cp' is unknown; choose one of 'tt', 'tk'"),
+        ({"decomposition": "svd"}, "decomposition='svd' is unknown; choose one of 'tt', 'tk', 'cp'"),
         ({"scale": 0}, r"scale=0 switches the adapter off .* \[0.01, 100\]"),
         ({"scale": math.nan}, "scale=nan is not finite"),
         ({"scale": math.inf}, "scale=inf is not finite"),

@@ -28,7 +28,8 @@ class FacTConfig(PeftConfig):
     Args:
         rank: Rank r of the factors, at least 1 and at most the width of the narrowest targeted layer.
         decomposition: ``"tt"``, tensor-train (eq. 8): one r x r core per slice. ``"tk"``, Tucker (eq. 10): the cores
-            are mixtures of r shared ones, which takes fewer parameters at equal rank.
+            are mixtures of r shared ones, which takes fewer parameters at equal rank. ``"cp"``, canonical polyadic,
+            not in the paper: the cores are diagonal, which takes the fewest.
         scale: Factor s in front of the increment, not zero, and neither too large nor too small for a float32. Acts
             like a learning rate on the factors; the paper searches 0.01, 0.1, 1, 10 and 100 per task.
         fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
