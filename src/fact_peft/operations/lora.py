@@ -32,8 +32,8 @@ def adapted_attentions(model: nn.Module, pairs: Pairs) -> dict[str, nn.Multihead
         name = full_name.removeprefix(PREFIX)
         if isinstance(module, nn.MultiheadAttention) and f"{name}.out_proj" in pairs:
             raise ValueError(
-                f"{name}.out_proj cannot be exported: PEFT's LoRA (0.21) adds the increment of the output projection of "
-                "nn.MultiheadAttention twice. Use merge_and_unload for the plain model, or adapt without it "
+                f"{name}.out_proj cannot be exported: PEFT's LoRA (0.21) adds the increment of the output projection "
+                "of nn.MultiheadAttention twice. Use merge_and_unload for the plain model, or adapt without it "
                 '(exclude_modules=["out_proj"]) where LoRA is wanted.'
             )
         if isinstance(module, nn.MultiheadAttention) and f"{name}.{IN_PROJ}" in pairs:
