@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -71,6 +72,8 @@ class Service:
     def __init__(
         self, settings: Settings, token: str | None, make_pool: Callable[[PreTrainedModel, Settings], AdapterPool]
     ) -> None:
+        # The network computes in another thread: a request shall not wait 5 ms, Python's default, at each of its steps.
+        sys.setswitchinterval(0.0005)
         self.settings, self.token = settings, token
         self.processor = AutoImageProcessor.from_pretrained(settings.backbone)
         vit = load_backbone(settings)
