@@ -21,7 +21,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.many_adapters.batches import DEVICE, DTYPE, SHAPES, TINY, Shape, time_batches
-from benchmarks.many_adapters.capacity import ADAPTERS, TINY_ADAPTERS, fill_peft, fill_pool
+from benchmarks.many_adapters.capacity import ADAPTERS, TINY_ADAPTERS, fill_peft, fill_pool, in_a_process
 from benchmarks.many_adapters.report import plot, report
 from benchmarks.reporting.markdown import write_generated
 from benchmarks.reporting.results import Results
@@ -45,7 +45,7 @@ def measure(results: Results, shapes: dict[str, Shape], parts: list[str], rounds
             setting = {"part": "capacity", **where, "row": row}
             if results.find(**setting) is None:
                 print(f"capacity: {row}", file=sys.stderr)
-                results.add(setting, fill(largest, adapters))
+                results.add(setting, in_a_process(fill, largest, adapters))
 
 
 def main() -> None:

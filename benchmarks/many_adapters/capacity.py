@@ -1,13 +1,17 @@
 """What it costs to keep adapters: bytes of the process, and the time to load one more."""
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from peft import get_peft_model
 
 from benchmarks.many_adapters.batches import RANK, Shape, fact, lora
@@ -25,6 +29,7 @@ def process_bytes() -> int:
 def timed(load: Callable[[str], Any], adapters: int) -> dict[str, Any]:
     """Load adapters until there are so many, or the limit of time or memory is reached."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what was freed while building would be taken first, and not be counted
     before, started, seconds = process_bytes(), time.perf_counter(), []
     while len(seconds) < adapters and time.perf_counter() < started + LIMIT_S:
         if process_bytes() > before + LIMIT_BYTES:
@@ -43,6 +48,12 @@ def timed(load: Callable[[str], Any], adapters: int) -> dict[str, Any]:
         "slowest_ms": 1e3 * max(seconds),
         "curve": [[i + 1, round(1e3 * sorted(seconds[i : i + every])[every // 2], 3)] for i in starts],
     }
+
+
+def in_a_process(fill: Callable[[Shape, int], dict[str, Any]], shape: Shape, adapters: int) -> dict[str, Any]:
+    """What `fill` measures in a fresh process with as many threads, whose memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as process:
+        return process.submit(fill, shape, adapters).result()
 
 
 def fill_pool(shape: Shape, adapters: int) -> dict[str, Any]:
