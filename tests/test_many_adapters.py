@@ -2,12 +2,14 @@
 
 import json
 
+import pytest
 import torch
 from transformers.utils import logging
 
 from benchmarks.many_adapters import batches
 
 
+@pytest.mark.slow
 def test_it_measures_what_is_missing_and_nothing_else(run_module, monkeypatch, tmp_path):
     monkeypatch.setattr(logging, "set_verbosity_error", lambda: None)  # for a process of its own
     file = tmp_path / "many_adapters.json"
