@@ -26,8 +26,7 @@ class Architecture:
     """A model class with the settings that make it tiny.
 
     Attributes:
-        model: Name of a class of transformers, or ``"timm/<model>"``, ``"torchvision/<class>"``, or
-            ``"open_clip/<class>"``.
+        model: Name of a class of transformers, or ``"timm/<model>"``, ``"torchvision/<class>"``, or one of open_clip.
         tiny: Settings of the tiny model: arguments of its config, or of ``timm.create_model``.
         inputs: Makes a batch for the tiny model.
         targets: Regex for the linear layers inside the blocks, nothing else.
@@ -66,7 +65,7 @@ class Architecture:
         if self.model.startswith("torchvision/"):
             return getattr(torchvision.models, self.model.removeprefix("torchvision/"))(**settings).eval()
         if self.model.startswith("open_clip/"):
-            return getattr(open_clip, self.model.removeprefix("open_clip/"))(**settings).eval()
+            return getattr(open_clip.transformer, self.model.removeprefix("open_clip/"))(**settings).eval()
         model_class = getattr(transformers, self.model)
         return model_class(model_class.config_class(**settings)).eval()
 
@@ -671,17 +670,13 @@ MULTIHEAD = {
         2 * 4,
         full=TORCHVISION,
     ),
-    "OpenCLIP": Architecture(
-        "open_clip/CLIP",
-        {
-            "embed_dim": 8,
-            "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
-            "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2},
-        },
-        lambda: image(name="image")() | {"text": torch.randint(1, 50, (2, 8))},
-        rf"(visual\.)?transformer\.resblocks\.\d+\.(attn\.{MULTIHEAD_LAYERS}|mlp\.c_(fc|proj))",
-        2 * 2 * 4,
-        full=open_clip.get_model_config("ViT-B-16"),
+    "OpenCLIP visual tower": Architecture(
+        "open_clip/VisionTransformer",
+        {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2, "output_dim": 8},
+        image(name="x"),
+        rf"transformer\.resblocks\.\d+\.(attn\.{MULTIHEAD_LAYERS}|mlp\.c_(fc|proj))",
+        2 * 4,
+        full={"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "heads": 12, "mlp_ratio": 4},
     ),
 }
 

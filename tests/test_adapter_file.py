@@ -91,7 +91,7 @@ def test_each_factor_appears_once(decomposition, backbone, tmp_path):
     saved = load_file(tmp_path / "adapter_model.safetensors")
     factors = {name: value for name, value in saved.items() if ".fact_" in name}
     num_stacks = len(model.get_base_model().factors)
-    assert len(factors) == num_stacks * (3 if decomposition == "tt" else 4)
+    assert len(factors) == num_stacks * (2 + len(DECOMPOSITIONS[decomposition].core_factors))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(value.numel() for value in saved.values()) == trained
 

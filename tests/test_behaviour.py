@@ -272,7 +272,7 @@ def test_every_factor_is_one_parameter_under_one_name(decomposition, backbone):
     model = adapted(decomposition, backbone)
     factors = [name for name, _ in model.named_parameters(remove_duplicate=False) if ".fact_" in name]
     num_stacks = len(model.get_base_model().factors)
-    assert len(factors) == len(set(factors)) == num_stacks * (3 if decomposition == "tt" else 4)
+    assert len(factors) == len(set(factors)) == num_stacks * (2 + len(DECOMPOSITIONS[decomposition].core_factors))
     assert all(name.startswith("base_model.model.factors.") for name in factors)
     stacks = {id(stack) for stack in model.get_base_model().factors.values()}
     for layer in model.modules():

@@ -38,6 +38,7 @@ def offline_and_single_threaded(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.mark.slow
 def test_without_arguments_for_data_it_leaves_a_ready_classifier(tmp_path, monkeypatch):
     options = ["--num_train_epochs", "3", "--orthogonal", "--scales", "1", "10", "--output_dir", "out"]
     done = subprocess.run(

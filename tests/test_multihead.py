@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -127,14 +127,25 @@ def test_a_saved_adapter_comes_back(tmp_path):
     peft_model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(encoder(), tmp_path, autocast_adapter_dtype=False)
     assert torch.equal(again(tokens()), peft_model(tokens()))
-    again.load_adapter(tmp_path, "second", autocast_adapter_dtype=False)  # onto an encoder that is open already
-    again.set_adapter("second")
-    assert torch.equal(again(tokens()), peft_model(tokens()))
+
+
+@torch.no_grad()
+def test_a_second_adapter_comes_onto_an_attention_that_is_open(tmp_path):
+    peft_model = adapt(encoder())
+    peft_model.save_pretrained(tmp_path)
+    several = adapt(encoder(), rank=2)
+    several.load_adapter(tmp_path, "second", autocast_adapter_dtype=False)
+    several.set_adapter("second")
+    assert torch.equal(several(tokens()), peft_model(tokens()))
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"target_modules": ["in_proj"]}, {"target_modules": ["out_proj", "linear1"]}, {"bias": "all"}],
+    [
+        {"exclude_modules": ["out_proj"]},
+        {"target_modules": ["in_proj"]},
+        {"target_modules": ["in_proj"], "bias": "all"},
+    ],
     ids=str,
 )
 def test_as_lora_it_gives_the_same_outputs(settings, tmp_path):
@@ -144,9 +155,28 @@ def test_as_lora_it_gives_the_same_outputs(settings, tmp_path):
             if name.endswith("bias") and parameter.requires_grad:
                 parameter.add_(0.3)
     save_as_lora(tmp_path, peft_model)
-    lora = PeftModel.from_pretrained(encoder(), tmp_path, autocast_adapter_dtype=False).eval()
+    lora = PeftModel.from_pretrained(encoder(), tmp_path, autocast_adapter_dtype=False)
+    lora.train()  # without dropout; in evaluation torch's fused inference leaves out PEFT's LoRA
     assert type(lora.active_peft_config).__name__ == "LoraConfig"
     torch.testing.assert_close(lora(tokens()), peft_model(tokens()), **EXACT)
+
+
+def test_the_output_projection_is_not_exported_to_a_lora_that_counts_it_twice(tmp_path):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.out_proj cannot be exported"):
+        save_as_lora(tmp_path, adapt(encoder()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_peft_still_adds_the_output_projection_twice():
+    """If this fails, the refusal above can go."""
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(WIDTH, 2, bias=False)}).double()
+    plain = copy.deepcopy(attention["a"])
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["a"], init_lora_weights=False)
+    lora = get_peft_model(attention, config, autocast_adapter_dtype=False).get_base_model()["a"]
+    with torch.no_grad():
+        plain.in_proj_weight += lora.get_delta_weight("default")
+        plain.out_proj.weight += 2 * lora.base_layer.out_proj.get_delta_weight("default")
+    torch.testing.assert_close(lora(*[tokens()] * 3)[0], plain(*[tokens()] * 3)[0], **EXACT)
 
 
 def test_autocast_and_compilation_give_the_same():

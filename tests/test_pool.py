@@ -178,7 +178,7 @@ def test_what_cannot_be_pooled_is_refused_and_changes_nothing(tmp_path):
     refusals = [
         (tmp_path / "bias", r"'new' cannot be pooled: it has trained biases \(bias='fact_only'\)"),
         (tmp_path / "norm", r"trained vit.layernorm.weight, which is not part of the head \(classifier\)"),
-        (tmp_path / "head", r"adapts classifier, which is no linear layer outside the head"),
+        (tmp_path / "head", r"adapts classifier, which is no linear layer that this model calls outside its head"),
         (tmp_path / "swin", r"adapts swin.* another backbone"),
         (tmp_path / "lora", r"not a FacT adapter but one of PeftType.LORA"),
         (tmp_path / "cut", r"not a whole safetensors file"),
@@ -248,6 +248,16 @@ def test_least_recently_used_move_to_host_and_disk_and_back(tmp_path):
     assert not list((tmp_path / "spill").iterdir())
 
 
+def test_an_adapter_that_was_used_stays(tmp_path):
+    make_adapter(tmp_path)
+    pool = AdapterPool(make_backbone("vit"), device_capacity=2)
+    for name in ("a", "b"):
+        pool.load(name, tmp_path)
+    pool(images(), ["a"] * 3)
+    pool.load("c", tmp_path)
+    assert [name for name in pool.names() if pool._versions[name] in pool._shelf._on_device] == ["a", "c"]
+
+
 def test_a_lost_file_is_reported_and_the_others_go_on(tmp_path):
     for i in range(3):
         make_adapter(tmp_path / str(i), seed=i)
@@ -261,6 +271,26 @@ def test_a_lost_file_is_reported_and_the_others_go_on(tmp_path):
     pool(images(), ["2"] * 3)
     pool.load("0", tmp_path / "0")
     pool(images(), ["0"] * 3)
+
+
+def test_a_full_disk_refuses_the_new_adapter_and_loses_none(tmp_path, monkeypatch):
+    expected = [make_adapter(tmp_path / str(i), seed=i) for i in range(3)]
+    pool = AdapterPool(make_backbone("vit"), device_capacity=1, host_capacity=1, spill_folder=tmp_path / "spill")
+    for i in range(2):
+        pool.load(str(i), tmp_path / str(i))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fact_peft.serving.shelf.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            pool.load("2", tmp_path / "2")
+    assert pool.names() == ["0", "1"]
+    for i in range(2):
+        same(pool(images(), [str(i)] * 3)[1], expected[i][1])
+    pool.load("2", tmp_path / "2")
+    same(pool(images(), ["2"] * 3)[1], expected[2][1])
 
 
 def test_an_adapter_costs_its_bytes_and_no_module(tmp_path):

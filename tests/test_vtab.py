@@ -374,6 +374,7 @@ def records(output):
     return json.loads((output / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_benchmark_leaves_nothing_running_and_resumes(synthetic, tmp_path, command, capsys):
     arguments = (*small(synthetic, "vtab", tmp_path), "--tasks", "kitti", "svhn", "--decompositions", "tk")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}

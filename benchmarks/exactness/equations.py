@@ -13,8 +13,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def reference_cores(factors: dict[str, Tensor]) -> list[Tensor]:
-    """Sigma_k of every slice in float64: learned (eq. 8), or the sum over t of P[k, t] C[t] (eq. 10)."""
+    """Sigma_k of every slice in float64: learned (eq. 8), the sum over t of P[k, t] C[t] (eq. 10), or diagonal."""
     factors = {name: factor.detach().double() for name, factor in factors.items()}
+    if "W" in factors:
+        return [torch.diag(row) for row in factors["W"]]
     if "Sigma" in factors:
         return list(factors["Sigma"])
     P, C = factors["P"], factors["C"]

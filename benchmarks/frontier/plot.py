@@ -25,7 +25,8 @@ def plot(panels: Mapping[str, pd.DataFrame], methods: Mapping[str, Method], file
         file: Where it goes, as PNG.
     """
     matplotlib.use("Agg")
-    colours = dict(zip(dict.fromkeys(m.family for m in methods.values()), plt.get_cmap("tab20").colors, strict=False))
+    families = sorted({method.family for method in methods.values()}, key=lambda family: (not is_fact(family), family))
+    colours = dict(zip(families, plt.get_cmap("tab20").colors, strict=False))
     num_columns = 2 if len(panels) == COLUMNS + 1 else min(len(panels), COLUMNS)
     num_rows = -(-len(panels) // num_columns)
     figure, axes = plt.subplots(num_rows, num_columns, figsize=(4.4 * num_columns, 4 * num_rows), squeeze=False)

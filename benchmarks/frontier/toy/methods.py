@@ -125,6 +125,8 @@ METHODS: dict[str, Method] = {
         for rank in (1, 4, 16)
     },
     **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 4, 32, 12)},
+    **{f"FacT-CP r={rank}": fact("cp", rank) for rank in (8, 32)},
+    **{f"FacT-CP r={rank}, orthogonal": orthogonal("cp", rank) for rank in (8, 32)},
     **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (8, 4, 16, 2)},
     **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 12, 16, 4, 32)},
     "BitFit": Method("BitFit", partial(by_module, trains=lambda module, name: name == "bias")),

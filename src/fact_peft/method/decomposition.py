@@ -4,10 +4,11 @@ Slice k of a stack of N slices is (Jie & Deng, AAAI 2023)
 
     dW_k = s * U Sigma_k V^T        U (d x r), Sigma_k (r x r), V (e x r), s a fixed scale
 
-and the two members of the family differ only in how the N cores Sigma_k are written:
+and the members of the family differ only in how the N cores Sigma_k are written:
 
     tensor-train (eq. 8):   Sigma itself is learned, N x r x r
     Tucker (eq. 10):        Sigma_k = sum_t P[k, t] C[t]   with C (r x r x r) and P (N x r)
+    canonical polyadic:     Sigma_k = diag(W[k])           with W (N x r); not in the paper
 
 A linear layer of a x b slices has the increment, in the paper's orientation y = x (W + dW),
 
@@ -190,7 +191,29 @@ class Tucker(Decomposition):
         return factors["P"].shape[-2]
 
 
-DECOMPOSITIONS: dict[str, Decomposition] = {"tt": TensorTrain(), "tk": Tucker()}
+class CanonicalPolyadic(Decomposition):
+    """FacT-CP: the cores are diagonal. 2 d r + N r parameters for a square stack.
+
+    Not in the paper; the next member of its family: a Tucker whose shared cores C[t] have one number each.
+    """
+
+    title = "FacT-CP, canonical polyadic"
+    core_factors = ("W",)
+
+    def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"W": (num_slices, rank)}
+
+    def init_core(self, factors: Mapping[str, Tensor]) -> None:
+        init_as_linear(factors["W"], fan_in=factors["W"].shape[-1])
+
+    def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
+        return torch.diag_embed(factors["W"].narrow(0, first, count))
+
+    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
+        return factors["W"].shape[0]
+
+
+DECOMPOSITIONS: dict[str, Decomposition] = {"tt": TensorTrain(), "tk": Tucker(), "cp": CanonicalPolyadic()}
 
 
 def init_as_linear(matrix: Tensor, fan_in: int) -> None:

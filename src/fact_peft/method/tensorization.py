@@ -13,7 +13,9 @@ The order of the slices in a stack is the order of the layers in the model, and 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
+from types import MappingProxyType
 
 # More than any model has. What a few characters of a layout can list would fill the memory.
 MAX_LAYERS = 100_000
@@ -82,6 +84,16 @@ def tensorize(linear_shapes: Mapping[str, tuple[int, int]]) -> dict[str, Slices]
         )
         stack_sizes[stack] = slices[name].first + slices[name].count
     return slices
+
+
+@lru_cache(maxsize=8)
+def slices_of(layout: tuple[str, ...]) -> Mapping[str, Slices]:
+    """The slices by layer name of a layout that `describe_layout` wrote; kept, since thousands of adapters share one.
+
+    Raises:
+        ValueError: As `read_layout`.
+    """
+    return MappingProxyType(tensorize(read_layout(layout)))
 
 
 def stack_sizes(slices: Iterable[Slices]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..method.decomposition import DECOMPOSITIONS, core_matrix, increment_norm
-from ..method.tensorization import Slices, read_layout, split_at_block, tensorize
+from ..method.tensorization import Slices, slices_of, split_at_block
 from ..storage.adapter_file import read_tensors
 from ..storage.hub import is_hub_id
 from ..storage.quoting import for_terminal
@@ -43,9 +43,9 @@ class SavedAdapter:
     others: dict[str, Tensor]
 
     @property
-    def slices(self) -> dict[str, Slices]:
+    def slices(self) -> Mapping[str, Slices]:
         """The slices of every adapted layer, by the layer's name."""
-        return tensorize(read_layout(self.config.layout or []))
+        return slices_of(tuple(self.config.layout or ()))
 
 
 def read_adapter(adapter: str | Path, revision: str | None = None, token: str | bool | None = None) -> SavedAdapter:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -20,31 +21,40 @@ PREFIX = "base_model.model."
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
-def adapted_attentions(model: nn.Module, adapter_name: str) -> dict[str, nn.MultiheadAttention]:
-    """Every ``nn.MultiheadAttention`` of which an adapter has a projection, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-        and any(isinstance(child, FacTLinear) and adapter_name in child.fact_slices for child in module.children())
-    }
+def adapted_attentions(model: nn.Module, pairs: Pairs) -> dict[str, nn.MultiheadAttention]:
+    """Every ``nn.MultiheadAttention`` that has a projection in `pairs`, by name.
 
-
-def move_to_attention(pairs: Pairs, state_dict: dict[str, Tensor], name: str, width: int) -> None:
-    """Rename what belongs to the projections of one attention: PEFT's LoRA targets the attention as a whole.
-
-    Where only one of the two is adapted, the other gets zeros.
+    Raises:
+        ValueError: If it is the output projection.
     """
-    rank, like = next((len(A), A) for key, (A, _) in pairs.items() if key.startswith(f"{name}."))
-    for layer, place, bias, out_features in (
-        (IN_PROJ, name, f"{name}.base_layer.in_proj_bias", 3 * width),
-        ("out_proj", f"{name}.base_layer.out_proj", f"{name}.base_layer.out_proj.base_layer.bias", width),
-    ):
-        nothing = like.new_zeros(rank, width), like.new_zeros(out_features, rank)
-        pairs[place] = pairs.pop(f"{name}.{layer}", nothing)
-        trained = state_dict.pop(f"{PREFIX}{name}.{layer}.base_layer.bias", None)
-        if trained is not None:
-            state_dict[PREFIX + bias] = trained
+    attentions = {}
+    for full_name, module in model.named_modules():
+        name = full_name.removeprefix(PREFIX)
+        if isinstance(module, nn.MultiheadAttention) and f"{name}.out_proj" in pairs:
+            raise ValueError(
+                f"{name}.out_proj cannot be exported: PEFT's LoRA (0.21) adds the increment of the output projection "
+                "of nn.MultiheadAttention twice. Use merge_and_unload for the plain model, or adapt without it "
+                '(exclude_modules=["out_proj"]) where LoRA is wanted.'
+            )
+        if isinstance(module, nn.MultiheadAttention) and f"{name}.{IN_PROJ}" in pairs:
+            attentions[name] = module
+    return attentions
+
+
+def move_to_attention(pairs: Pairs, state_dict: dict[str, Tensor], name: str) -> None:
+    """Rename what belongs to q, k and v of one attention: PEFT's LoRA targets the attention as a whole.
+
+    Its output projection, which LoRA adapts with it, gets zeros.
+    """
+    A, B = pairs[name] = pairs.pop(f"{name}.{IN_PROJ}")
+    pairs[f"{name}.base_layer.out_proj"] = torch.zeros_like(A), B.new_zeros(A.shape[1], len(A))
+    biases = {
+        f"{name}.{IN_PROJ}.base_layer.bias": f"{name}.base_layer.in_proj_bias",
+        f"{name}.out_proj.bias": f"{name}.base_layer.out_proj.base_layer.bias",
+    }
+    for here, there in biases.items():
+        if PREFIX + here in state_dict:
+            state_dict[PREFIX + there] = state_dict.pop(PREFIX + here)
 
 
 def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -58,7 +68,7 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
         The LoRA config and its state dict, trained heads and biases included, as `set_peft_model_state_dict` takes it.
 
     Raises:
-        ValueError: If the model has no such FacT adapter.
+        ValueError: If the model has no such FacT adapter, or it has an output projection of ``nn.MultiheadAttention``.
     """
     config = fact_config(model, adapter_name)
     pairs = {
@@ -70,10 +80,10 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
     state_dict = {
         PREFIX + name.removeprefix(PREFIX): value for name, value in state_dict.items() if ".fact_" not in name
     }
-    attentions = {name.removeprefix(PREFIX): module for name, module in adapted_attentions(model, adapter_name).items()}
+    attentions = adapted_attentions(model, pairs)
     targets = [name for name in pairs if name.rpartition(".")[0] not in attentions] + list(attentions)
-    for name, attention in attentions.items():
-        move_to_attention(pairs, state_dict, name, attention.embed_dim)
+    for name in attentions:
+        move_to_attention(pairs, state_dict, name)
     for name, (A, B) in pairs.items():
         state_dict[f"{PREFIX}{name}.lora_A.weight"] = A
         state_dict[f"{PREFIX}{name}.lora_B.weight"] = B
@@ -97,7 +107,7 @@ def save_as_lora(path: str | os.PathLike[str], model: nn.Module, adapter_name: s
     """Save a FacT adapter as a LoRA adapter that ``PeftModel.from_pretrained`` loads without fact_peft.
 
     Raises:
-        ValueError: If the model has no such FacT adapter.
+        ValueError: As `convert_to_lora`.
     """
     lora_config, state_dict = convert_to_lora(model, adapter_name)
     write_adapter(path, lora_config, state_dict)

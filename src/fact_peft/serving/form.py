@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..method.decomposition import DECOMPOSITIONS
-from ..method.tensorization import Slices, read_layout, stack_sizes, tensorize
+from ..method.tensorization import slices_of, stack_sizes
 
 
 class Form:
@@ -28,7 +28,7 @@ class Form:
     def __init__(
         self, layout: tuple[str, ...], decomposition: str, rank: int, heads: tuple[tuple[str, tuple[int, ...]], ...]
     ) -> None:
-        self.slices: Mapping[str, Slices] = tensorize(read_layout(layout))
+        self.slices = slices_of(layout)
         self.decomposition = DECOMPOSITIONS[decomposition]
         self.rank = rank
         self.heads = dict(heads)

@@ -126,7 +126,8 @@ class Network:
 
     Attributes:
         module: The copy, in evaluation mode.
-        slices: The slices of every linear layer outside the heads, by name; those of the blocks come first.
+        slices: The slices of every linear layer outside the heads, by name; those of the blocks come first. Not those
+            of ``nn.MultiheadAttention``, which it does not call.
         num_slices: Their number, by stack.
         heads: The classifiers, by name; the last one has an output per label.
         labels: The class names of the model itself.
@@ -153,13 +154,19 @@ class Network:
             self.heads[name] = head
         if not self.heads:
             raise ValueError(f"vit is a {type(vit).__name__} without a classification head; the pool wants one.")
-        linears = {name: shape for name, shape in find_linears(vit).items() if name not in self.heads}
-        self.slices = tensorize({**find_block_linears(vit), **linears})
+        linears = {**find_block_linears(vit), **find_linears(vit)}
+        self.slices = tensorize({name: shape for name, shape in linears.items() if self._calls(vit, name)})
         self.num_slices = stack_sizes(self.slices.values())
         for name, owned in self.slices.items():
             self._replace(name, PooledLinear(vit.get_submodule(name), owned))
         for name, head in self.heads.items():
             self._replace(name, PooledHead(head, name))
+
+    def _calls(self, vit: nn.Module, name: str) -> bool:
+        """Whether a linear layer is a module outside the heads that is called, as torch's attention does not do."""
+        return name not in self.heads and not isinstance(
+            vit.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention
+        )
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")

@@ -55,9 +55,13 @@ class Shelf:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def put(self, version: Version, vector: Tensor) -> None:
-        """Take in a new version."""
+        """Take in a new version; not at all if there is no room on the disk for one that has to give way."""
         self._on_device[version] = vector.to(self.device)
-        self._make_room()
+        try:
+            self._make_room()
+        except Exception:
+            self.drop(version)
+            raise
 
     def take(self, version: Version) -> Tensor:
         """The vector of a version, on the device; used last from now on.

@@ -89,7 +89,7 @@ def objections(adapter: SavedAdapter, network: Network) -> list[str]:
     for layer, owned in adapter.slices.items():
         own = network.slices.get(layer)
         if own is None:
-            reasons.append(f"it adapts {layer}, which is no linear layer outside the head of this model")
+            reasons.append(f"it adapts {layer}, which is no linear layer that this model calls outside its head")
         elif (owned.in_features, owned.out_features) != (own.in_features, own.out_features):
             reasons.append(
                 f"its layer {layer} is {owned.in_features}x{owned.out_features}, but {own.in_features}x"

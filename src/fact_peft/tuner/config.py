@@ -12,7 +12,7 @@ from peft.utils.peft_types import PeftType
 from torch import finfo, float32, nn
 
 from ..method.decomposition import DECOMPOSITIONS
-from ..method.tensorization import read_layout
+from ..method.tensorization import slices_of
 
 
 @dataclass
@@ -28,7 +28,8 @@ class FacTConfig(PeftConfig):
     Args:
         rank: Rank r of the factors, at least 1 and at most the width of the narrowest targeted layer.
         decomposition: ``"tt"``, tensor-train (eq. 8): one r x r core per slice. ``"tk"``, Tucker (eq. 10): the cores
-            are mixtures of r shared ones, which takes fewer parameters at equal rank.
+            are mixtures of r shared ones, which takes fewer parameters at equal rank. ``"cp"``, canonical polyadic,
+            not in the paper: the cores are diagonal, which takes the fewest.
         scale: Factor s in front of the increment, not zero, and neither too large nor too small for a float32. Acts
             like a learning rate on the factors; the paper searches 0.01, 0.1, 1, 10 and 100 per task.
         fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
@@ -156,7 +157,7 @@ class FacTConfig(PeftConfig):
         if self.layout is not None:
             if not isinstance(self.layout, list) or not all(isinstance(line, str) for line in self.layout):
                 raise ValueError(f"layout={self.layout!r} is not a list of strings; leave it None for a new adapter.")
-            read_layout(self.layout)
+            slices_of(tuple(self.layout))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: sets as sorted lists, so that equal configs make equal files."""

@@ -155,7 +155,8 @@ class FacTLinear(nn.Module, FacTLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        weight = super().weight
+        base_layer: Any = self.get_base_layer()  # not super().weight, which the compiler cannot follow
+        weight: Tensor = base_layer.qweight if hasattr(base_layer, "qweight") else base_layer.weight
         shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
         # Sharded weights are flat (FSDP1, ZeRO-3) or no plain tensors (FSDP2).
         whole = weight.shape == shape and type(weight.data) is Tensor and self.quantization_backend is None

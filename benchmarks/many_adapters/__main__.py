@@ -1,0 +1,78 @@
+"""Many adapters on one model: the time of a batch of different adapters, and the cost of keeping 10,000.
+
+    python -m benchmarks.many_adapters                          # what is missing, then tables and plot
+    python -m benchmarks.many_adapters --parts ViT-S/96/64 capacity
+    python -m benchmarks.many_adapters --write benchmarks/many_adapters/README.md
+
+A batch is a forward pass without gradients of a ViT with random weights; adapters are of rank 8 on all linear layers of
+the blocks, with a head of ten classes each. All rows of a shape are built at once and timed in turns, round by round; a
+ratio is the median over rounds of a row's time by that of the reference row in that round. Times are of the clock, so
+the machine must be otherwise idle. On a GPU the model is in bfloat16; that has not been run yet.
+
+Capacity: an adapter of FacT-TT for a ViT-B is loaded from its folder 10,000 times under different names; memory is what
+the process grew by. The folder is in the system's cache. PEFT's LoRA is loaded into a model until a minute is over.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from benchmarks.many_adapters.batches import DEVICE, DTYPE, SHAPES, TINY, Shape, time_batches
+from benchmarks.many_adapters.capacity import ADAPTERS, TINY_ADAPTERS, fill_peft, fill_pool, in_a_process
+from benchmarks.many_adapters.report import plot, report
+from benchmarks.reporting.markdown import write_generated
+from benchmarks.reporting.results import Results
+
+COMMAND = "python -m benchmarks.many_adapters"
+RESULTS = Path(__file__).parent / "results" / "many_adapters.json"
+
+
+def measure(results: Results, shapes: dict[str, Shape], parts: list[str], rounds: int, adapters: int) -> None:
+    """Measure what is missing. A shape is measured whole or not at all; capacity is that of the largest."""
+    largest = list(shapes.values())[-1]
+    where = {"device": DEVICE, "dtype": str(DTYPE)}
+    for name, shape in shapes.items():
+        setting = {"part": name, **where}
+        if name in parts and results.find(**setting, row="FacT, 1") is None:
+            print(name, file=sys.stderr)
+            for row, measured in time_batches(shape, rounds).items():
+                results.add({**setting, "row": row}, measured)
+    if "capacity" in parts:
+        for row, fill in (("AdapterPool", fill_pool), ("PEFT, LoRA", fill_peft)):
+            setting = {"part": "capacity", **where, "row": row}
+            if results.find(**setting) is None:
+                print(f"capacity: {row}", file=sys.stderr)
+                results.add(setting, in_a_process(fill, largest, adapters))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = [*SHAPES, "capacity"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="which to measure (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each shape (default: 5)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch on a CPU (default: 2)")
+    parser.add_argument("--results", type=Path, help=f"JSON file of the results (default: {RESULTS})")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape and few adapters; needs --results")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file to write the tables into")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(arguments.threads)
+    if arguments.quick and arguments.results is None:
+        parser.error("--quick needs --results, so that it does not mix with the real ones.")
+    results = Results(arguments.results or RESULTS)
+    if arguments.quick:
+        measure(results, TINY, [*TINY, "capacity"], 2, TINY_ADAPTERS)
+    else:
+        measure(results, SHAPES, arguments.parts, arguments.rounds, ADAPTERS)
+    text = report(results)
+    print(text)
+    plot(results, results.file.with_suffix(".png"))
+    if arguments.write is not None:
+        write_generated(arguments.write, COMMAND, text)
+
+
+if __name__ == "__main__":
+    main()
