@@ -162,8 +162,10 @@ class Service:
         return self.metrics.summary()
 
     async def classify_in_turn(self, pixels: Tensor, name: str) -> Prediction | Refused:
-        """Join the batch after the one that runs. `serve.batch` alone would close a batch after `batch_wait` seconds even
-        while another runs, so that under load they would be many and small."""
+        """Join the batch after the one that runs.
+
+        `serve.batch` alone closes a batch after `batch_wait` seconds even while another runs: under load, many small ones.
+        """
         await self.idle.wait()
         return await self.classify((pixels, name))
 
