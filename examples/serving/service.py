@@ -164,7 +164,7 @@ class Service:
     async def classify_in_turn(self, pixels: Tensor, name: str) -> Prediction | Refused:
         """Join the batch after the one that runs.
 
-        `serve.batch` alone closes a batch after `batch_wait` seconds even while another runs: under load, many small ones.
+        `serve.batch` alone closes a batch after `batch_wait` seconds, also while another runs: many small ones.
         """
         await self.idle.wait()
         return await self.classify((pixels, name))
