@@ -91,3 +91,13 @@ def test_the_table_has_a_row_for_every_rate(tmp_path):
     assert "| pool | Zipf | 10 | 5.0 | 10 | 1,234 | - | 3 | 1.3 |" in report(results)
     plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_batches_grow_when_the_service_is_asked_for_more_than_it_can_do_singly(tmp_path, run_module):
+    pytest.importorskip("ray.serve", reason='Ray Serve is not installed: pip install ".[serving]"')
+    options = ["--served", "pool", "--rates", 150, "--seconds", 2, "--adapters", 8, "--port", 8766]
+    assert "| pool | Zipf | 150 |" in run_module("benchmarks.serving", *options, "--results", tmp_path / "r.json")
+    measured = Results(tmp_path / "r.json").frame()
+    assert list(measured["unanswered"]) == [0, 0]
+    assert (measured["batch"] > 2).all()

@@ -12,8 +12,6 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# The service never blocks its event loop, so that it needs no second one, and no hop between the two for every step.
-os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
 
 import digits
 import ray

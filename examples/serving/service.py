@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -72,8 +71,6 @@ class Service:
     def __init__(
         self, settings: Settings, token: str | None, make_pool: Callable[[PreTrainedModel, Settings], AdapterPool]
     ) -> None:
-        # The network computes in another thread: a request shall not wait 5 ms, Python's default, at each of its steps.
-        sys.setswitchinterval(0.0005)
         self.settings, self.token = settings, token
         self.processor = AutoImageProcessor.from_pretrained(settings.backbone)
         vit = load_backbone(settings)
@@ -84,6 +81,8 @@ class Service:
         self.metrics = Metrics(Path(settings.state, "metrics"), self.replica)
         self.classify.set_max_batch_size(settings.max_batch_size)
         self.classify.set_batch_wait_timeout_s(settings.batch_wait)
+        self.idle = asyncio.Event()
+        self.idle.set()
         threading.Thread(target=self.write_metrics, daemon=True).start()
 
     @app.get("/")
@@ -100,7 +99,7 @@ class Service:
             length = request.headers.get("content-length")
             data = await read_body(request.stream(), length, self.settings.max_body_bytes)
             pixels = await asyncio.to_thread(self.prepare, data)
-            predictions = await asyncio.gather(*(self.classify((pixels, name)) for name in names))
+            predictions = await asyncio.gather(*(self.classify_in_turn(pixels, name) for name in names))
             for prediction in predictions:
                 if isinstance(prediction, Refused):
                     raise prediction
@@ -162,11 +161,23 @@ class Service:
         self.metrics.write(self.pool.pool.stats())
         return self.metrics.summary()
 
+    async def classify_in_turn(self, pixels: Tensor, name: str) -> Prediction | Refused:
+        """Join the batch after the one that runs.
+
+        `serve.batch` alone closes a batch after `batch_wait` seconds, also while another runs: many small ones.
+        """
+        await self.idle.wait()
+        return await self.classify((pixels, name))
+
     @serve.batch
     async def classify(self, items: list[tuple[Tensor, str]]) -> list[Prediction | Refused]:
-        """Pairs of pixels and adapter, of whatever requests are waiting. While one batch runs, the next one gathers."""
+        """Pairs of pixels (channels, height, width) and adapter, of whatever requests are waiting."""
+        self.idle.clear()
         self.metrics.count_batch(len(items))
-        return await asyncio.to_thread(self.pool.classify, items)
+        try:
+            return await asyncio.to_thread(self.pool.classify, items)
+        finally:
+            self.idle.set()
 
     def prepare(self, data: bytes) -> Tensor:
         """Pixels (channels, height, width) of an encoded image, as the model wants them."""
