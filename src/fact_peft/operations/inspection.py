@@ -14,8 +14,8 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from ..method.decomposition import DECOMPOSITIONS, core_matrix, increment_norm
-from ..method.tensorization import Slices, slices_of, split_at_block
+from ..method.decomposition import DECOMPOSITIONS, core_grid, core_matrix, increment_norm
+from ..method.tensorization import Slices, split_at_block
 from ..storage.adapter_file import read_tensors
 from ..storage.hub import is_hub_id
 from ..storage.quoting import for_terminal
@@ -45,7 +45,7 @@ class SavedAdapter:
     @property
     def slices(self) -> Mapping[str, Slices]:
         """The slices of every adapted layer, by the layer's name."""
-        return slices_of(tuple(self.config.layout or ()))
+        return self.config.slices
 
 
 def read_adapter(adapter: str | Path, revision: str | None = None, token: str | bool | None = None) -> SavedAdapter:
@@ -102,7 +102,7 @@ def increment_norms(adapter: SavedAdapter) -> dict[str, float]:
     for name, slices in adapter.slices.items():
         factors = {letter: factor.double() for letter, factor in adapter.factors[slices.stack].items()}
         cores = DECOMPOSITIONS[adapter.config.decomposition].cores(factors, slices.first, slices.count)
-        core = core_matrix(cores.unflatten(0, (slices.num_in_blocks, slices.num_out_blocks)))
+        core = core_matrix(core_grid(cores, slices))
         norms[name] = increment_norm(factors["U"], core, factors["V"], adapter.config.scale)
     return norms
 
