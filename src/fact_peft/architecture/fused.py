@@ -14,7 +14,7 @@ from .linears import find_linears
 from .multihead import IN_PROJ
 
 FUSED = ("qkv", "Wqkv", "to_qkv")
-# Attributes by which attentions say that they keep q, k and v head by head: those of MaxViT, those of LeViT and its kin.
+# Attributes by which attentions say that they keep q, k and v head by head: that of MaxViT, that of LeViT and its kin.
 HEAD_BY_HEAD = ("head_first", "key_dim")
 
 

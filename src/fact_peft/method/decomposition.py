@@ -39,7 +39,7 @@ def blockwise(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def core_grid(cores: Tensor, slices: Slices) -> Tensor:
-    """The cores (..., count, r, r) of a layer's `slices` by block, (..., a, b, r, r): zeros in a block without slice."""
+    """The cores (..., count, r, r) of a layer's `slices` by block, (..., a, b, r, r): zeros in one without slice."""
     owned = cores.unflatten(-3, (slices.num_in_blocks, -1))
     if not slices.parts:
         return owned

@@ -17,8 +17,8 @@ from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers
 from ..architecture.labels import named_labels
 from ..architecture.linears import find_linears
-from ..method.fused_linear import autocast_dtype, is_fusable
 from ..method.decomposition import core_grid
+from ..method.fused_linear import autocast_dtype, is_fusable
 from ..method.per_image import FactorBank
 from ..method.tensorization import Slices, block_of, stack_sizes, tensorize
 from ..tuner.call import PerImageCall

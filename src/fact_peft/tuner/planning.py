@@ -215,9 +215,9 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
 
     Raises:
         NoMatchingPeftModuleError: If nothing is targeted.
-        ValueError: If a target is not a linear layer, or a part of one whose outputs are not q, k and v; the rank exceeds
-            a layer's width; the config carries the layout of other layers; its `share` needs blocks that are not to be
-            told; or the model has something else in the place of the factors.
+        ValueError: If a target is not a linear layer, or a part of one whose outputs are not q, k and v; the rank
+            exceeds a layer's width; the config carries the layout of other layers; its `share` needs blocks that are
+            not to be told; or the model has something else in the place of the factors.
     """
     if not isinstance(getattr(model, FACTORS, SharedFactors()), SharedFactors):
         raise ValueError(
