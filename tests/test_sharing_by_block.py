@@ -204,6 +204,7 @@ def test_inspection_counts_every_block(tmp_path):
     adapter = read_adapter(tmp_path)
     said = describe(adapter)
     count = 2 * (2 * 32 * 3 + 12 * 9)
+    assert "rank 3, scale 0.8, U and V per block" in said
     assert f"{count:,} in the factors" in said and "12 slices of 32x32@blocks-1" in said
     live = {
         name: layer.get_delta_weight("default").norm().item()

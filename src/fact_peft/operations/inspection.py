@@ -112,8 +112,9 @@ def describe(adapter: SavedAdapter) -> str:
     config = adapter.config
     sizes = {stack: sum(factor.numel() for factor in factors.values()) for stack, factors in adapter.factors.items()}
     files = {name: (adapter.folder / name).stat().st_size for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
+    shared = "" if config.share == "model" else ", U and V per block"
     lines = [
-        f"method      {DECOMPOSITIONS[config.decomposition].title}, rank {config.rank}, scale {config.scale:g}",
+        f"method      {DECOMPOSITIONS[config.decomposition].title}, rank {config.rank}, scale {config.scale:g}{shared}",
         f"base        {config.base_model_name_or_path or 'not recorded'}",
         f"parameters  {sum(sizes.values()):,} in the factors, "
         f"{sum(tensor.numel() for tensor in adapter.others.values()):,} in what is trained beside them",

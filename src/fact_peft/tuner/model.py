@@ -67,13 +67,13 @@ class FacTModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             check_not_merged(model, adapter_name, "replaced")
-            self.peft_config[adapter_name], self._plan = resolve(asked, model)
+            config, self._plan = resolve(asked, model)
         except Exception:
             self._restore_config(adapter_name)
             raise
+        self.peft_config[adapter_name] = config
         self._forget(adapter_name)
         open_attentions(model, self._plan)
-        config = self.peft_config[adapter_name]
         targets, in_part = config.target_modules, any(owned.parts for owned in self._plan.values())
         with warnings.catch_warnings():
             if in_part:  # of which PEFT sees nothing excluded
