@@ -263,7 +263,7 @@ def test_what_has_no_parts_is_refused_by_name():
 PARTS = {
     "default": {"target_modules": ["qkv.q", "qkv.v"]},
     "tucker": {"target_modules": ["qkv.k", "fc1"], "rank": 2, "decomposition": "tk"},
-    "whole": {"target_modules": ["qkv", "proj"], "rank": 4, "scale": -0.5},
+    "whole": {"target_modules": ["qkv", "attn.proj"], "rank": 4, "scale": -0.5},
 }
 
 

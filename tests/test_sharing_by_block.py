@@ -175,6 +175,7 @@ def test_the_sum_with_a_shared_adapter_is_one_by_block():
 
 def test_an_adapter_that_is_deleted_takes_its_stacks_along():
     model = with_adapters()
+    model.set_adapter("shared")
     model.delete_adapter("default")
     model.delete_adapter("part")
     assert list(model.get_base_model().factors) == ["32x32"]
