@@ -40,9 +40,9 @@ DONORS = {
     "ma-sam": Donor(read_ma_sam),
     "micro-sam": Donor(read_micro_sam, scale=1.0, share="block", state="model_state"),
 }
-# Beside the state of a model: what the training went on from. Decoders of other names are part of the model.
-PROGRESS = ("iteration", "epoch", "best_epoch", "best_metric", "current_metric", "train_time", "timestamp")
-OF_TRAINING = (*PROGRESS, "init", "optimizer_state", "scheduler_state", "scaler_state")
+# What a training saves beside the state of its model to go on from there; a second model, as ``decoder_state``, is none.
+STATES_OF_TRAINING = {"init", "optimizer_state", "scheduler_state", "scaler_state"}
+NOTES = {"iteration", "epoch", "best_epoch", "best_metric", "current_metric", "train_time", "timestamp"}
 
 
 def convert_from(
@@ -77,7 +77,8 @@ def convert_from(
     words = [leave_out] if isinstance(leave_out, str) else list(leave_out)
     entries = dict(checkpoint)
     if known.state in entries:
-        entries = {**entries.pop(known.state), **{name: entries[name] for name in entries if name not in OF_TRAINING}}
+        beside = entries.keys() - {known.state} - STATES_OF_TRAINING - NOTES
+        entries = {**entries[known.state], **{name: entries[name] for name in sorted(beside)}}
     tensors = {name: tensor for name, tensor in entries.items() if not any(word in name for word in words)}
     layers, heads = known.read(tensors)
     if tensors:
