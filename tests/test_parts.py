@@ -350,8 +350,8 @@ def test_the_sum_of_adapters_has_the_parts_of_any():
                     torch.testing.assert_close(layer.get_delta_weight(total), expected, **EXACT, msg=path)
                 else:
                     assert isinstance(expected, int)
-    assert model.base_model.add_weighted_adapter(["default"], [1.0], "copy") is None
-    assert model.peft_config["copy"].layout == model.peft_config["default"].layout
+    assert model.base_model.add_weighted_adapter(["default"], [1.0], "again") is None
+    assert model.peft_config["again"].layout == model.peft_config["default"].layout
 
 
 def test_hot_swap_wants_the_same_parts(tmp_path):

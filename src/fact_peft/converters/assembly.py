@@ -80,13 +80,16 @@ def assemble(
         factors.update({f"{stack}.fact_U": layer.U, f"{stack}.fact_V": layer.V})
         cores.setdefault(stack, []).append(layer.cores)
     factors.update({f"{stack}.fact_Sigma": torch.cat(parts) for stack, parts in cores.items()})
+
+    def target(name: str) -> str:
+        # As a suffix, so that a deeper model is noticed; but blocks that share nothing may be adapted one by one.
+        return ".".join(name.split(".")[-2:]) if share == "model" else name
+
     config = FacTConfig(
         rank=rank,
         scale=scale,
         fact_dropout=0.1,  # of all donors
-        target_modules={
-            part for name, layer in layers.items() for part in part_names(".".join(name.split(".")[-2:]), layer.parts)
-        },
+        target_modules={part for name, layer in layers.items() for part in part_names(target(name), layer.parts)},
         share=share,
         modules_to_save=sorted({name.partition(".")[0] for name in heads}),
         layout=describe_layout(shapes, parts),

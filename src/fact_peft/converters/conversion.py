@@ -40,7 +40,7 @@ DONORS = {
     "ma-sam": Donor(read_ma_sam),
     "micro-sam": Donor(read_micro_sam, scale=1.0, share="block", state="model_state"),
 }
-# What a training saves beside the state of its model to go on from there; a second model, as ``decoder_state``, is none.
+# What a training saves beside the state of its model to go on from there; a second model is not part of that.
 STATES_OF_TRAINING = {"init", "optimizer_state", "scheduler_state", "scaler_state"}
 NOTES = {"iteration", "epoch", "best_epoch", "best_metric", "current_metric", "train_time", "timestamp"}
 
