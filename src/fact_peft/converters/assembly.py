@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..tuner.config import FacTConfig
 from ..tuner.factors import FACTORS
 
 PREFIX = "base_model.model."
+Share = Literal["model", "block"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def cores_of(weight: Tensor) -> Tensor:
 
 
 def assemble(
-    layers: Mapping[str, DonatedLayer], scale: float, heads: Mapping[str, Tensor], share: str = "model"
+    layers: Mapping[str, DonatedLayer], scale: float, heads: Mapping[str, Tensor], share: Share = "model"
 ) -> tuple[FacTConfig, dict[str, Tensor]]:
     """The tensor-train adapter with the increments of `layers`.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..storage.adapter_file import write_adapter
 from ..tuner.config import FacTConfig
-from .assembly import DonatedLayer, assemble
+from .assembly import DonatedLayer, Share, assemble
 from .authors import read_authors
 from .checkpoint import read_checkpoint
 from .ma_sam import read_ma_sam
@@ -31,7 +31,7 @@ class Donor:
 
     read: Callable[[dict[str, Tensor]], tuple[dict[str, DonatedLayer], dict[str, Tensor]]]
     scale: float | None = None
-    share: str = "model"
+    share: Share = "model"
     state: str = ""
 
 
