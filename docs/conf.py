@@ -18,6 +18,7 @@ version = release = fact_peft.__version__
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md",
+    "benchmarks/README.md",
     "benchmarks/**/README.md",
     "examples/**/README.md",
     "examples/notebooks/*.ipynb",
@@ -43,7 +44,9 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!fact_peft).*")]
 html_theme = "furo"
 html_title = "fact_peft"
 html_extra_path = ["root"]
-html_static_path: list[str] = []
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+html_show_copyright = False
 html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
 

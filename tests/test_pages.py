@@ -41,6 +41,12 @@ def test_every_block_says_what_it_is_written_in(name: str) -> None:
     assert languages <= pages.LANGUAGES, "a block of none of these languages is not executed"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_links_of_a_page_lead_to_files(name: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (pages.ROOT / name).read_text())
+    assert [link for link in links if not (pages.ROOT / name).parent.joinpath(link).is_file()] == []
+
+
 def test_every_public_name_has_an_entry_on_the_page_of_the_api() -> None:
     entries = re.findall(r"^\.\. auto(?:class|function):: (\w+)$", (pages.ROOT / "docs" / "api.md").read_text(), re.M)
     assert set(entries) >= set(fact_peft.__all__)
