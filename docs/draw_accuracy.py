@@ -56,7 +56,7 @@ def draw(points: list[tuple[str, float, float]], axes: Axes) -> None:
         axes.plot(*zip(*sorted(group), strict=True), color=colour, marker="s", linestyle=line, linewidth=1, label=label)
         if colour == OTHER:
             best = max(group, key=lambda point: point[1])
-            axes.annotate(name, best, (0, -6), textcoords="offset points", color="dimgrey", va="top", ha="center")
+            axes.annotate(name, best, (-6, -7), textcoords="offset points", color="dimgrey", va="top")
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     axes.set(xscale="log", xlabel="bytes of trained numbers, without the head", ylabel="test accuracy, %")
     axes.set_title(asked.title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=10)
+    axes.legend(loc="center right")
     figure.savefig(FILE, dpi=110)
     for method, size, accuracy in sorted(points, key=lambda point: point[1]):
         print(f"{size:>12,.0f}  {accuracy:5.1f}  {method}")

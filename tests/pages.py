@@ -48,8 +48,9 @@ def program(page: str) -> str:
             lines[begin + 1 : begin + 1 + len(text.splitlines())] = text.splitlines()
         elif language == "bash":
             lines[begin] = f"shell({text!r})"
-    if any(lines):
-        lines[0] = START + lines[0]
+    if not any(lines):
+        return ""
+    lines[0] = START + lines[0]
     return "\n".join(lines)
 
 

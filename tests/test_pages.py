@@ -81,7 +81,6 @@ def test_a_page_whose_code_is_wrong_fails_at_its_line(fork: Fork, tmp_path: Path
 @pytest.mark.parametrize(
     "command",
     [
-        "python examples/quickstart.py --rnak 8",
         "python -m benchmarks.bytes.parameter_counts --no_such_option",
         "accelerate launch --config_file examples/accelerate/ddp.yaml examples/accelerate_loop.py --ranks 3",
         "accelerate launch --config_file examples/accelerate/none.yaml examples/accelerate_loop.py",
