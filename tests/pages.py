@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -57,37 +58,57 @@ def program(page: str) -> str:
 # What the pages call by a name on the Hub is a tiny model with random weights here.
 
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VIT = {**SHAPE, "intermediate_size": 64}
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZE = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}}
 
 
-def vit(**settings: int) -> nn.Module:
-    config = transformers.ViTConfig(**SHAPE, intermediate_size=64, **settings)
-    return transformers.ViTForImageClassification(config) if settings else transformers.ViTModel(config)
+def siglip() -> nn.Module:
+    text = {**TEXT, "vocab_size": 50, "projection_size": 32}
+    return transformers.SiglipModel(transformers.SiglipConfig(vision_config=VIT, text_config=text))
 
 
-def dinov2() -> nn.Module:
-    return transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE, mlp_ratio=2))
+def clip_tokens() -> list[str]:
+    characters = [chr(code) for code in range(33, 127)]
+    return [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
 
 
-def swin() -> nn.Module:
-    config = transformers.SwinConfig(
-        image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=4
-    )
-    return transformers.SwinForImageClassification(config)
+def clip() -> nn.Module:
+    last = len(clip_tokens()) - 1
+    text = {**TEXT, "vocab_size": last + 1, "eos_token_id": last}
+    return transformers.CLIPModel(transformers.CLIPConfig(vision_config=VIT, text_config=text, projection_dim=16))
+
+
+def clip_processor() -> Any:
+    vocabulary = {token: index for index, token in enumerate(clip_tokens())}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[])
+    return transformers.CLIPProcessor(transformers.CLIPImageProcessor(**SIZE), tokenizer)
+
+
+def vit(num_labels: int) -> nn.Module:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**VIT, num_labels=num_labels))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "facebook/dinov2-base": dinov2,
-    "google/vit-base-patch16-224": lambda: vit(num_labels=1000),
-    "google/vit-base-patch16-224-in21k": vit,
-    "microsoft/swin-base-patch4-window7-224-in22k": swin,
+    "facebook/dinov2-base": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE)),
+    "facebook/dinov2-small": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE)),
+    "facebook/dinov3-vits16-pretrain-lvd1689m": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**VIT)
+    ),
+    "google/siglip-base-patch16-224": siglip,
+    "google/vit-base-patch16-224": lambda: vit(1000),
+    "google/vit-base-patch16-224-in21k": lambda: transformers.ViTModel(transformers.ViTConfig(**VIT)),
+    "openai/clip-vit-base-patch32": clip,
 }
+PROCESSORS: dict[str, Callable[[], Any]] = {"openai/clip-vit-base-patch32": clip_processor}
 
 
 def save_model(name: str, folder: Path) -> None:
-    """The tiny model of this name, with its image processor."""
+    """The tiny model of this name, with its processor."""
     torch.manual_seed(0)
     MODELS[name]().save_pretrained(folder)
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    processor = PROCESSORS.get(name, lambda: transformers.ViTImageProcessor(size=SIZE["size"]))
+    processor().save_pretrained(folder)
 
 
 def start() -> None:
