@@ -56,7 +56,7 @@ def draw(points: list[tuple[str, float, float]], axes: Axes) -> None:
         axes.plot(*zip(*sorted(group), strict=True), color=colour, marker="s", linestyle=line, linewidth=1, label=label)
         if colour == OTHER:
             best = max(group, key=lambda point: point[1])
-            axes.annotate(name, best, (-6, -7), textcoords="offset points", color="dimgrey", va="top")
+            axes.annotate(name, best, (-6, -7), textcoords="offset points", fontsize=9, color="dimgrey", va="top")
 
 
 def main() -> None:
