@@ -38,7 +38,6 @@ maximum_signature_line_length = 80
 add_module_names = False
 default_role = "py:obj"
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]  # a pattern in a menu may stand for pages to come
 # Names of other packages have no page here; ours must have one.
 nitpick_ignore_regex = [(r"py:.*", r"(?!fact_peft).*")]
 
