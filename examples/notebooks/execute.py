@@ -30,8 +30,13 @@ def executed(file: Path, folder: Path) -> nbformat.NotebookNode:
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     cells[0].outputs = []  # the imports
     for cell in cells:
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = [output for output in cell.outputs if not is_warning(output)]
     return notebook
+
+
+def is_warning(output: nbformat.NotebookNode) -> bool:
+    """Whether a package has it logged, to standard error or, as DeepSpeed, to standard output."""
+    return output.get("name") == "stderr" or "] [WARNING] [" in output.get("text", "")
 
 
 def main() -> None:
