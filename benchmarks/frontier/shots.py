@@ -1,4 +1,4 @@
-"""Accuracy with a few images a class, at the learning rate that was best elsewhere: few-shot has no images to search on.
+"""Accuracy with a few images a class, at the learning rate that was best elsewhere, since few leave none to search on.
 
     python -m benchmarks.frontier.shots --backbone facebook/dinov2-small --data FOLDER --rates RESULTS \\
         --choose_on dtd10 rsscn7 yaleb-azimuth --tasks flowers89 monkeys10 caltech101
