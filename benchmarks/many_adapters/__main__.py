@@ -6,8 +6,9 @@
 
 A batch is a forward pass without gradients of a ViT with random weights; adapters are of rank 8 on all linear layers of
 the blocks, with a head of ten classes each. All rows of a shape are built at once and timed in turns, round by round; a
-ratio is the median over rounds of a row's time by that of the reference row in that round. Times are of the clock, so
-the machine must be otherwise idle. On a GPU the model is in bfloat16; that has not been run yet.
+ratio is the median over rounds of a row's time by that of the reference row in that round. On a CPU, times are of the
+process, not of the clock, so that other work on the machine counts as little as it can, and one thread is used unless
+--threads says otherwise. On a GPU, times are of the clock and the model is in bfloat16; that has not been run yet.
 
 Capacity: an adapter of FacT-TT for a ViT-B is loaded from its folder 10,000 times under different names; memory is what
 the process grew by. The folder is in the system's cache. PEFT's LoRA is loaded into a model until a minute is over.
@@ -53,7 +54,7 @@ def main() -> None:
     parts = [*SHAPES, "capacity"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="which to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each shape (default: 5)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch on a CPU (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU (default: 1)")
     parser.add_argument("--results", type=Path, help=f"JSON file of the results (default: {RESULTS})")
     parser.add_argument("--quick", action="store_true", help="a tiny shape and few adapters; needs --results")
     parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file to write the tables into")
