@@ -10,7 +10,7 @@ ratio is the median over rounds of a row's time by that of the reference row in 
 process, not of the clock, so that other work on the machine counts as little as it can, and one thread is used unless
 --threads says otherwise. On a GPU, times are of the clock and the model is in bfloat16; that has not been run yet.
 
-Training: a step (forward, backward, AdamW) of eight tasks' adapters and heads on a ViT-S at 96 px, with 4, 8 or 32
+Training: a step (forward, backward, AdamW) of eight tasks' adapters and heads on a ViT-S at 96 px, with 4, 8 or 16
 images of each. Either one step of each of eight models with one adapter, one after another (one model stepped eight
 times, since the other seven would do the same), or one step on a batch of all the images with `adapter_names`. Beside
 them a step of one adapter on as many images, and the optimizers alone.

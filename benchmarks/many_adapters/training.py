@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.many_adapters.batches import DEVICE, DTYPE, LABELS, RANK, Shape, fact, with_adapters
 from benchmarks.reporting.timing import time_in_turns
 
-TRAINED, TASKS, IMAGES = Shape(width=384, image=96), 8, (4, 8, 32)  # images of each task in a step
+TRAINED, TASKS, IMAGES = Shape(width=384, image=96), 8, (4, 8, 16)  # images of each task in a step
 TINY_TASKS, TINY_IMAGES = 2, (2,)
 IN_TURN = "a step of every run"
 
