@@ -64,12 +64,13 @@ def plot(results: Results, file: Path) -> None:
     frame = results.frame()
     passes, capacity = batches(frame), frame[frame["part"] == "capacity"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    colors = {part: f"C{number}" for number, part in enumerate(passes["part"].unique())}
     for method in ("FacT", "LoRA"):
         rows = passes[passes["row"].str.fullmatch(rf"{method}, \d+")]
         for part, of_part in rows.groupby("part", sort=False):
             distinct = [int(row.rpartition(" ")[2]) for row in of_part["row"]]
             style = {"FacT": "o-", "LoRA": "x--"}[method]
-            left.plot(distinct, of_part["ratio"], style, label=f"{method}, {part}", alpha=0.8)
+            left.plot(distinct, of_part["ratio"], style, color=colors[part], label=f"{method}, {part}", alpha=0.8)
     left.set_xscale("log", base=2)
     left.set_xlabel("different adapters in the batch")
     left.set_ylabel(f"time by that of {REFERENCE!r}")
