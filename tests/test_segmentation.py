@@ -2,13 +2,10 @@
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features
-from datasets import Image as ImageFeature
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from segment_anything import SamPredictor
@@ -19,7 +16,6 @@ from examples import segmentation as script
 from fact_peft import FacTConfig, FacTLinear
 
 QUICK = ("--pretraining_images", "4", "--max_train", "4", "--max_test", "2", "--epochs", "1", "--batch_size", "2")
-TEN_PIXELS = {"rtol": 0, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def test_the_adapter_holds_factors_and_mask_decoder(finished):
     folder, _ = finished
     model = PeftModel.from_pretrained(SamModel.from_pretrained(folder / "sam"), folder / "FacT+decoder")
     adapted = [name for name, module in model.get_base_model().named_modules() if isinstance(module, FacTLinear)]
-    assert len(adapted) == 4 * 4 and all(name.startswith("vision_encoder.layers.") for name in adapted)
+    assert len(adapted) == 3 * 4 and all(name.startswith("vision_encoder.layers.") for name in adapted)
     assert (folder / "FacT" / "adapter_model.safetensors").stat().st_size < 40_000
 
 
@@ -110,9 +106,9 @@ def test_segment_anythings_own_model_is_adapted_saved_and_merged(finished, tmp_p
     config = FacTConfig(rank=4, exclude_modules=r"mask_decoder\..*", modules_to_save=["mask_decoder"])
     model = get_peft_model(copy.deepcopy(plain), config)
     adapted = [name for name, module in model.get_base_model().named_modules() if isinstance(module, FacTLinear)]
-    assert len(adapted) == 4 * 4 and all(name.startswith("image_encoder.blocks.") for name in adapted)
+    assert len(adapted) == 3 * 4 and all(name.startswith("image_encoder.blocks.") for name in adapted)
 
-    pixels, box = torch.randn(1, 3, 64, 64), torch.tensor([[8.0, 8.0, 40.0, 48.0]])
+    pixels, box = torch.randn(1, 3, 48, 48), torch.tensor([[8.0, 8.0, 40.0, 48.0]])
 
     def logits(sam):  # Sam.forward itself computes no gradients
         sparse, dense = sam.prompt_encoder(points=None, boxes=box, masks=None)
@@ -171,7 +167,7 @@ def test_the_masks_of_a_batch_are_those_of_its_boxes(finished):
     image, mask = image_and_mask(0)
     batches = script.Batches(SamProcessor.from_pretrained(folder / "sam"), boxes_per_image=5)
     inputs, truth = batches([{"image": image, "mask": mask}] * 3)
-    assert inputs["input_boxes"].shape == (3, 5, 4) and truth.shape == (3, 5, 64, 64)
+    assert inputs["input_boxes"].shape == (3, 5, 4) and truth.shape == (3, 5, 48, 48)
     for boxes, masks in zip(inputs["input_boxes"], truth, strict=True):
         for (left, top, right, bottom), one in zip(boxes, masks, strict=True):
             y, x = one.nonzero(as_tuple=True)
