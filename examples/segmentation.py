@@ -409,7 +409,7 @@ SEGMENT_ANYTHING = {
     r"mask_embed\.conv2": "mask_downscaling.3",
     r"mask_embed\.layer_norm2": "mask_downscaling.4",
     r"mask_embed\.conv3": "mask_downscaling.6",
-    r"point_embed\.": "point_embeddings.",
+    r"^prompt_encoder\.point_embed": "prompt_encoder.point_embeddings",
     r"upscale_conv1": "output_upscaling.0",
     r"upscale_layer_norm": "output_upscaling.1",
     r"upscale_conv2": "output_upscaling.3",

@@ -15,6 +15,8 @@ from peft import PeftModel, get_peft_model
 from test_architectures import build, outputs
 from torch import Tensor, nn
 
+from fact_peft import FacTConfig
+
 PAGE = (Path(__file__).parents[1] / "docs" / "segmentation.md").read_text()
 ROWS = re.findall(r"^\| (.+?) \| `(FacTConfig\(.*\))` \|", PAGE, re.MULTILINE)
 
@@ -64,7 +66,7 @@ def heads(peft_model: PeftModel) -> dict[str, nn.Parameter]:
 def test_the_head_trains_and_comes_back(name: str, config: str, tmp_path) -> None:
     model, inputs = build(ARCHITECTURES[name])
     fresh = copy.deepcopy(model)
-    peft_model = get_peft_model(model, eval(config)).train()
+    peft_model = get_peft_model(model, eval(config, {"FacTConfig": FacTConfig})).train()
     trained = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     assert heads(peft_model) and set(trained) == {*heads(peft_model), *(n for n in trained if ".factors." in n)}
     before = {name: p.detach().clone() for name, p in trained.items()}

@@ -1,21 +1,29 @@
 """The code of docs/vision_towers.md runs as it stands, in order, on tiny models in the place of those of the Hub."""
 
+import math
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import VIT
+from peft import PeftModel, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
 from transformers import (
+    AutoModel,
     BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
     DINOv3ViTConfig,
@@ -23,9 +31,11 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    SiglipVisionModel,
 )
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "vision_towers.md").read_text()
 SIZE = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}}
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -37,11 +47,13 @@ def blocks(page: str) -> list[str]:
     return ["\n" * text.count("\n", 0, match.start(1)) + match[1] for match in found]
 
 
-def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
-    """What the blocks of a page leave behind, run in order as one program that begins with `names`."""
+def run(page: str, names: dict[str, Any]) -> list[dict[str, Any]]:
+    """The names there are after each block of a page, run in order as one program that begins with `names`."""
+    after = []
     for block in blocks(page):
         exec(compile(block, page, "exec"), names)
-    return names
+        after.append(dict(names))
+    return after
 
 
 def save_towers() -> None:
@@ -68,15 +80,79 @@ def save_towers() -> None:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The names that the page leaves behind, given 40 handwritten digits as its images."""
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+    """The names there are after each block of the page, given ten handwritten digits as its images."""
     digits = load_digits()
-    images = [Image.fromarray((image * 15).astype("uint8")).convert("RGB") for image in digits.images[:40]]
+    images = [Image.fromarray((image * 15).astype("uint8")).convert("RGB") for image in digits.images[:10]]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("towers"))
         save_towers()
-        return run("vision_towers.md", {"images": images, "labels": torch.as_tensor(digits.target[:40])})
+        after = run("vision_towers.md", {"images": images, "labels": torch.as_tensor(digits.target[:10])})
+        yield dict(zip(("tools", "DINOv3", "DINOv2", "DINOv2 classifier", "SigLIP", "CLIP"), after, strict=True))
 
 
-def test_the_page_runs(page: dict[str, Any]) -> None:
-    print(page.keys())
+def adapted(model: nn.Module) -> set[str]:
+    """Names of the adapted layers, with numbers left out."""
+    return {re.sub(r"\d+", "*", name) for name, module in model.named_modules() if isinstance(module, FacTLinear)}
+
+
+def trained_beside_factors(model: nn.Module) -> set[str]:
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name.removeprefix("base_model.model.") for name in names if ".factors." not in name}
+
+
+def test_a_tower_without_a_classifier_learns_and_comes_back(page: dict[str, dict[str, Any]]) -> None:
+    names = page["DINOv3"]
+    # `logits` are those of the reloaded model; one that has learnt nothing has a loss of log 10.
+    assert F.cross_entropy(names["logits"], names["labels"]) < 0.9 * math.log(10)
+    tensors = load_file("dinov3-adapter/adapter_model.safetensors")
+    assert {name.split(".")[2] for name in tensors} == {"factors", "classifier"}
+
+
+@pytest.mark.parametrize(
+    ("block", "tower"),
+    [
+        ("DINOv3", AutoModel.from_pretrained),
+        ("DINOv2", AutoModel.from_pretrained),
+        ("SigLIP", SiglipVisionModel.from_pretrained),
+        ("CLIP", CLIPVisionModel.from_pretrained),
+    ],
+)
+def test_the_head_you_attach_is_all_that_is_trained_in_full(
+    page: dict[str, dict[str, Any]], block: str, tower: Callable[[str], nn.Module]
+) -> None:
+    model = page[block]["few_shot"](tower(page[block]["name"]), num_labels=10)
+    assert trained_beside_factors(model) == {
+        f"classifier.modules_to_save.default.{name}" for name in ("weight", "bias")
+    }
+    assert len(adapted(model)) == 6
+
+
+def test_dinov2_with_its_own_classifier_is_found(page: dict[str, dict[str, Any]]) -> None:
+    model = page["DINOv2 classifier"]["model"]
+    assert model.peft_config["default"].modules_to_save == ["classifier"]
+
+
+def test_clip_is_adapted_in_both_towers_and_merged(page: dict[str, dict[str, Any]]) -> None:
+    names = page["CLIP"]
+    assert names["probabilities"].shape == (10, 2)
+    inputs = {**names["prompts"](["fox", "owl"]), "pixel_values": names["pixel_values"]}
+    merged = CLIPModel.from_pretrained("clip-adapted")
+    reloaded = PeftModel.from_pretrained(CLIPModel.from_pretrained("openai/clip-vit-base-patch32"), "clip-adapter")
+    assert {name.split(".")[2] for name in adapted(reloaded)} == {"vision_model", "text_model"}
+    for model in (merged, reloaded):
+        found = model.eval()(**inputs).logits_per_image.softmax(-1)
+        torch.testing.assert_close(found, names["probabilities"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("excluded", "kept"), [("text", "vision"), ("vision", "text")])
+def test_one_tower_of_clip_is_one_argument(page: dict[str, dict[str, Any]], excluded: str, kept: str) -> None:
+    clip = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
+    (config,) = re.findall(rf"`(FacTConfig\(exclude_modules=r\"{excluded}_model.*?\))`", PAGE)
+    model = get_peft_model(clip, eval(config, {"FacTConfig": FacTConfig}))
+    assert {name.split(".")[2] for name in adapted(model)} == {f"{kept}_model"}
+
+
+def test_towers_of_equal_width_share_factors() -> None:
+    model = SiglipModel(SiglipConfig(vision_config=VIT, text_config={**TEXT, **VIT, "vocab_size": 50}))
+    assert list(get_peft_model(model, FacTConfig(rank=4)).get_base_model().factors) == ["32x32"]
