@@ -38,6 +38,15 @@ def of_boxes() -> dict[str, list[dict[str, Tensor]]]:
     return {"labels": [{"class_labels": torch.tensor([0, 1]), "boxes": boxes}] * 2}
 
 
+# Of equal numbers, but of tensors that lie elsewhere in memory, for which some kernels add up in another order.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+# Parts that the output does not depend on: the token of SAM's single mask when it puts out three, and what would add an
+# earlier map to the first one.
+UNUSED = {
+    "SAM": r"output_hypernetworks_mlps\.0\.",
+    "SAM 2": r"output_hypernetworks_mlps\.0\.",
+    "Depth Anything": r"fusion_stage\.layers\.0\.residual_layer1\.",
+}
 TRUTHS: dict[str, Callable] = {
     "SegFormer, segmentation": lambda: of_pixels(32),
     "DPT": lambda: of_pixels(32),
@@ -68,26 +77,26 @@ def test_the_head_trains_and_comes_back(name: str, config: str, tmp_path) -> Non
     fresh = copy.deepcopy(model)
     peft_model = get_peft_model(model, eval(config, {"FacTConfig": FacTConfig})).train()
     trained = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-    assert heads(peft_model) and set(trained) == {*heads(peft_model), *(n for n in trained if ".factors." in n)}
+    assert heads(peft_model)
+    assert set(trained) == {*heads(peft_model), *(name for name in trained if ".factors." in name)}
     before = {name: p.detach().clone() for name, p in trained.items()}
 
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
-    for _ in range(2):
+    for _ in range(2):  # in the first, V = 0 lets no gradient to the other factors
+        optimizer.zero_grad()
         torch.manual_seed(0)
         loss_of(name, peft_model, inputs).backward()
-        bad = [n for n, p in heads(peft_model).items() if p.grad is None or not p.grad.any()]
-        print(name, len(heads(peft_model)), "no grad:", bad)
         optimizer.step()
-        optimizer.zero_grad()
+    for parameter_name, parameter in trained.items():
+        has_gradient = parameter.grad is not None and bool(parameter.grad.any())
+        assert has_gradient != bool(re.search(UNUSED.get(name, "nothing"), parameter_name)), parameter_name
+        assert torch.equal(parameter, before[parameter_name]) != has_gradient, parameter_name
 
-    peft_model.save_pretrained(tmp_path)
-    expected = outputs(peft_model.eval(), inputs)
+    peft_model.eval().save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
-    print(
-        [float((g - w).abs().max()) for g, w in zip(outputs(reloaded, inputs), expected)],
-        [float((g - w).abs().max()) for g, w in zip(outputs(peft_model, inputs), expected)],
-    )
-    a, b = peft_model.state_dict(), reloaded.state_dict()
-    print([k for k in a if not torch.equal(a[k], b[k])], set(a) ^ set(b))
-    for got, want in zip(outputs(reloaded, inputs), expected, strict=True):
-        assert torch.equal(got, want)
+    expected = peft_model.state_dict()
+    assert reloaded.state_dict().keys() == expected.keys()
+    for key, tensor in reloaded.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+    for got, wanted in zip(outputs(reloaded, inputs), outputs(peft_model, inputs), strict=True):
+        torch.testing.assert_close(got, wanted, **ROUNDING)

@@ -95,8 +95,8 @@ def test_the_merged_model_computes_the_same_in_segment_anything(finished):
     _, boxes = script.objects(script.mask_of(held_out[0]))
     theirs = [predictor.predict(box=box, multimask_output=False, return_logits=True)[0] for box in boxes]
     ours = script.predict(merged, held_out[0], processor)
-    scale = float(np.abs(theirs).max())
-    torch.testing.assert_close(ours, torch.from_numpy(np.concatenate(theirs)), rtol=0, atol=1e-4 * scale)
+    assert ours.std() > 1e-4  # small, since nothing has been learnt, but not constant
+    torch.testing.assert_close(ours, torch.from_numpy(np.concatenate(theirs)), rtol=1e-4, atol=1e-5)
 
 
 def test_segment_anythings_own_model_is_adapted_saved_and_merged(finished, tmp_path):
