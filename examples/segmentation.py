@@ -65,7 +65,7 @@ class Arguments:
         default=True, metadata={"help": "Start from orthonormal U and V and zero cores, else as the authors do."}
     )
     scale: float = field(default=4.0, metadata={"help": "Scale of FacT; 32 / rank suits the orthogonal start."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Of the factors of FacT."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Of the factors of FacT."})
     decoder_learning_rate: float = field(default=1e-3, metadata={"help": "Of the mask decoder."})
     epochs: int = field(default=30, metadata={"help": "Epochs of adaptation."})
     batch_size: int = field(default=4, metadata={"help": "Images per step."})
