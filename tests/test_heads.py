@@ -40,8 +40,8 @@ def of_boxes() -> dict[str, list[dict[str, Tensor]]]:
 
 # Of equal numbers, but of tensors that lie elsewhere in memory, for which some kernels add up in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
-# Parts that the loss does not depend on: the token of the single mask when a SAM puts out three, SAM 2's score for there
-# being an object at all, and what would add an earlier map to the first one.
+# Parts that the loss does not depend on: the token of the single mask when a SAM puts out three, SAM 2's score for
+# there being an object at all, and what would add an earlier map to the first one.
 UNUSED = {
     "SAM": r"output_hypernetworks_mlps\.0\.",
     "SAM 2": r"output_hypernetworks_mlps\.0\.|pred_obj_score_head",
