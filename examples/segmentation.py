@@ -10,6 +10,20 @@ of 1024 pixels take smaller steps: --learning_rate 1e-3 --decoder_learning_rate 
 
 Without arguments it needs no network and no GPU: it pretrains a tiny SAM on plain shapes, then adapts it to handwritten
 digits on photographs, both from scikit-learn; other digits on the other halves of the photographs are held out.
+In 190 s of CPU time (torch 2.14, transformers 5.23, peft 0.21; on two cores that had other work, five minutes) it prints
+
+    Pretrained on 5,000 images of plain shapes. Mean Dice on others: 0.890
+    Adapting to 40 images. Mean Dice of the objects in 60 held-out images:
+                 factors decoder bytes on disk   Dice
+    before             0       0             0  0.674
+    decoder            0  40,608       176,896  0.717
+    FacT           3,328       0        13,656  0.712
+    FacT+decoder   3,328  40,608       192,584  0.746
+    FacT+decoder, saved in outputs/segmentation/FacT+decoder, then reloaded into a fresh SAM, then merged:
+    reloaded: largest difference of logits 0.0e+00, pixels that differ: 0
+      merged: largest difference of logits 7.6e-06, pixels that differ: 0
+
+and draws picture.png: held-out images with their boxes, the true masks, and those found before and after.
 
 The output folder then holds each adapter, the merged model for transformers, and sam.pth, the same under the names of
 segment_anything, for the tools that open such files. Of a SAM ViT-B the factors alone take 86 KB, and a mask decoder
