@@ -10,7 +10,8 @@ of 1024 pixels take smaller steps: --learning_rate 1e-3 --decoder_learning_rate 
 
 Without arguments it needs no network and no GPU: it pretrains a tiny SAM on plain shapes, then adapts it to handwritten
 digits on photographs, both from scikit-learn; other digits on the other halves of the photographs are held out.
-In 190 s of CPU time (torch 2.14, transformers 5.23, peft 0.21; on two cores that had other work, five minutes) it prints
+In 190 s of CPU time (torch 2.14, transformers 5.23, peft 0.21; five minutes on two cores that had other work) it
+prints
 
     Pretrained on 5,000 images of plain shapes. Mean Dice on others: 0.890
     Adapting to 40 images. Mean Dice of the objects in 60 held-out images:

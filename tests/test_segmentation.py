@@ -200,4 +200,4 @@ def test_a_folder_with_masks_is_read_without_the_images_that_have_none(tmp_path,
 def test_the_default_run_gets_better(tmp_path, run_module):
     output = run_module("examples.segmentation", "--output_dir", tmp_path)
     scores = {line.split()[0]: float(line.split()[-1]) for line in output.splitlines() if line.strip()[-4:-3] == "."}
-    assert scores["FacT+decoder"] > scores["before"] + 0.1
+    assert scores["FacT+decoder"] > scores["before"] + 0.03
