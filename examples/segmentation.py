@@ -34,7 +34,7 @@ trained in full 16 MB.
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,8 @@ def pretrain(folder: Path, args: Arguments, rng: np.random.Generator) -> None:
     model = SamModel(config)
     model.shared_image_embedding.positional_embedding.data.normal_()
     model.to(DEVICE)
-    train(model, plain_shapes(args.pretraining_images, rng), processor, 1, args, "pretraining")
+    recipe = replace(args, decoder_learning_rate=1e-3)
+    train(model, plain_shapes(args.pretraining_images, rng), processor, 1, recipe, "pretraining")
     scores = dice(model, plain_shapes(args.max_test, rng), processor)
     print(
         f"Pretrained on {args.pretraining_images:,} images of plain shapes. Mean Dice on others: {np.mean(scores):.3f}"
