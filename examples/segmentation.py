@@ -25,6 +25,8 @@ prints
       merged: largest difference of logits 7.6e-06, pixels that differ: 0
 
 and draws picture.png: held-out images with their boxes, the true masks, and those found before and after.
+With --learning_rate 2e-2 --decoder_learning_rate 3e-3, on the same pretrained model, Dice is 0.716, 0.553 and 0.749:
+the factors alone do not bear such steps. One seed each.
 
 The output folder then holds each adapter, the merged model for transformers, and sam.pth, the same under the names of
 segment_anything, for the tools that open such files. Of a SAM ViT-B the factors alone take 86 KB, and a mask decoder
