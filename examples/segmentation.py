@@ -6,7 +6,8 @@
 A dataset has a column of images and one of masks (--image_column, --mask_column), in which 0 is background and every
 other number one object. Its box is made from the mask; in training it is off by up to a tenth of its sides. Three
 ways are compared: the mask decoder trained in full, FacT in the image encoder, and both. For a large model and images
-of 1024 pixels take smaller steps: --learning_rate 1e-3 --decoder_learning_rate 1e-4 --batch_size 2.
+of 1024 pixels begin with smaller steps, which was not tried here: --learning_rate 1e-3 --decoder_learning_rate 1e-4
+--batch_size 2.
 
 Without arguments it needs no network and no GPU: it pretrains a tiny SAM on plain shapes, then adapts it to handwritten
 digits on photographs, both from scikit-learn; other digits on the other halves of the photographs are held out.
