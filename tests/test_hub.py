@@ -1,15 +1,11 @@
 """The trip to the Hub and back, over HTTP against `hub_server`. Every step is a process of its own, as for a user."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+from forking import forking
 from hub_server import Hub, serve
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -50,62 +46,20 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-# Runs each line of its input, {"code", "folder"}, in a process of its own, which starts with everything imported but
-# fact_peft, and answers with the exit status.
-STEPS = """
-import json, os, sys, traceback
-import timm, transformers.models.vit.modeling_vit, transformers.pipelines, transformers.trainer
-import peft, peft.tuners.lora.bnb, torch
-
-for line in sys.stdin:
-    step = json.loads(line)
-    process = os.fork()
-    if process == 0:
-        os.chdir(step["folder"])
-        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1), os.dup2(output, 2)
-        try:
-            exec(compile(step["code"], "step", "exec"), {"__name__": "__main__"})
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
 def run(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Run code in a new process in an empty folder; returns what it printed."""
     home = tmp_path_factory.mktemp("home")
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-        **hub.environment(home / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path),
-        "TMPDIR": str(home),
-    }
-    server = subprocess.Popen(
-        [sys.executable, "-c", STEPS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    with forking(home, hub.environment(home / "cache")) as fork:
 
-    def run(code: str, setup: str = SETUP, status: int = 0) -> str:
-        folder = tmp_path_factory.mktemp("user")
-        Image.new("RGB", (20, 20), (200, 30, 90)).save(folder / "image.png")
-        step = {"code": textwrap.dedent(setup) + textwrap.dedent(code), "folder": str(folder)}
-        print(json.dumps(step), file=server.stdin, flush=True)
-        found = int(server.stdout.readline())
-        output = (folder / "output.txt").read_text()
-        assert found == status, output
-        return output
+        def run(code: str, setup: str = SETUP, status: int = 0) -> str:
+            folder = tmp_path_factory.mktemp("user")
+            Image.new("RGB", (20, 20), (200, 30, 90)).save(folder / "image.png")
+            found, output = fork(textwrap.dedent(setup) + textwrap.dedent(code), folder)
+            assert found == status, output
+            return output
 
-    yield run
-    server.stdin.close()
-    assert server.wait() == 0
-    server.stdout.close()
+        yield run
 
 
 @pytest.fixture(scope="module")

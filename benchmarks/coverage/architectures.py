@@ -1,7 +1,7 @@
 """What FacT adapts in each architecture, from full-size models without weights, as a Markdown table.
 
     python -m benchmarks.coverage.architectures
-    python -m benchmarks.coverage.architectures --write README.md
+    python -m benchmarks.coverage.architectures --write docs/architecture_table.md
 
 The models are those the tests train in tiny form (tests/architectures.py), in the default size of their config or of
 timm, on the meta device.

@@ -3,6 +3,7 @@
 from .converters.conversion import convert_checkpoint, convert_from
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
+from .operations.parameter_groups import parameter_groups
 from .serving.pool import AdapterPool
 from .serving.prediction import Prediction
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
@@ -23,6 +24,7 @@ __all__ = [
     "convert_to_lora",
     "hotswap_adapter",
     "load_image_classifier",
+    "parameter_groups",
     "push_image_classifier",
     "save_as_lora",
     "save_image_classifier",
