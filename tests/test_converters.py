@@ -6,82 +6,26 @@ import pytest
 import torch
 from backbones import images, logits, make_backbone
 from peft import PeftModel
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.exactness.donors import (
+    DONORS,
+    RANK,
+    SCALE,
+    authors_tensor_train,
+    authors_tucker,
+    errors,
+    ma_sam,
+    masks,
+    micro_sam,
+    sam,
+)
 from fact_peft import convert_checkpoint, convert_from
 from fact_peft.__main__ import main
 
-RANK = 3
-SCALE = 0.7
 # Float64; the donors add the same numbers in another order.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-class Donor(nn.Module):
-    """A linear layer and what a donor adds to its output."""
-
-    def __init__(self, base, added):
-        super().__init__()
-        self.base, self.added = base, added
-
-    def forward(self, x):
-        return self.base(x) + self.added(x)
-
-
-def donate(model, added):
-    """Put each function of `added`, by layer name, beside its layer."""
-    for name, function in added.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Donor(model.get_submodule(name), function))
-    return model
-
-
-def weight(out_features, in_features):
-    return 0.3 * torch.randn(out_features, in_features, dtype=torch.float64)
-
-
-def in_blocks(x, count):
-    """(..., count p) to (..., count, p)."""
-    return x.unflatten(-1, (count, -1))
-
-
-def authors_tensor_train(model):
-    """fact_tt.py: u and v shared; q, k, v, proj from r to r, fc1 from r to 4 r, fc2 from 4 r to r."""
-    u, v = weight(RANK, 32), weight(32, RANK)
-    saved, added = {"FacTu.weight": u, "FacTv.weight": v}, {}
-    for i in range(2):
-        q, k, v_core, proj = (weight(RANK, RANK) for _ in range(4))
-        fc1, fc2 = weight(4 * RANK, RANK), weight(RANK, 4 * RANK)
-        names = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
-        cores = (q, k, v_core, proj, fc1, fc2)
-        saved.update({f"blocks.{i}.{n}_FacTs.weight": c for n, c in zip(names, cores, strict=True)})
-        added[f"blocks.{i}.attn.qkv"] = lambda x, qkv=(q, k, v_core): (
-            torch.cat([x @ u.T @ core.T @ v.T for core in qkv], dim=-1) * SCALE
-        )
-        added[f"blocks.{i}.attn.proj"] = lambda x, core=proj: x @ u.T @ core.T @ v.T * SCALE
-        added[f"blocks.{i}.mlp.fc1"] = lambda x, core=fc1: (in_blocks(x @ u.T @ core.T, 4) @ v.T).flatten(-2) * SCALE
-        added[f"blocks.{i}.mlp.fc2"] = lambda x, core=fc2: (in_blocks(x, 4) @ u.T).flatten(-2) @ core.T @ v.T * SCALE
-    return saved, donate(model, added)
-
-
-def authors_tucker(model):
-    """fact_tk.py: cores are FacTc @ FacTp[:, k]; those of the MLP are reshaped with the slices on the last axis."""
-    u, v = weight(RANK, 32), weight(32, RANK)
-    P = torch.randn(RANK, 24, dtype=torch.float64)
-    C = torch.randn(RANK, RANK, RANK, dtype=torch.float64)
-    saved, added = {"FacTp": P, "FacTc": C, "FacTu.weight": u, "FacTv.weight": v}, {}
-    for i in range(2):
-        attention = C @ P[:, 12 * i : 12 * i + 4]
-        mlp = C @ P[:, 12 * i + 4 : 12 * i + 12]
-        fc1, fc2 = mlp[:, :, :4].reshape(RANK, 4 * RANK), mlp[:, :, 4:].reshape(RANK, 4 * RANK)
-        added[f"blocks.{i}.attn.qkv"] = lambda x, c=attention: (
-            torch.cat([x @ u.T @ c[:, :, k] @ v.T for k in range(3)], dim=-1) * SCALE
-        )
-        added[f"blocks.{i}.attn.proj"] = lambda x, c=attention: x @ u.T @ c[:, :, 3] @ v.T * SCALE
-        added[f"blocks.{i}.mlp.fc1"] = lambda x, c=fc1: (in_blocks(x @ u.T @ c, 4) @ v.T).flatten(-2) * SCALE
-        added[f"blocks.{i}.mlp.fc2"] = lambda x, c=fc2: (in_blocks(x, 4) @ u.T).flatten(-2) @ c.T @ v.T * SCALE
-    return saved, donate(model, added)
 
 
 @pytest.mark.parametrize("donor", [authors_tensor_train, authors_tucker])
@@ -104,57 +48,6 @@ def test_a_checkpoint_of_the_authors_computes_the_same(donor, tmp_path):
     torch.testing.assert_close(logits(merged, images(torch.float64)), expected, **EXACT)
 
 
-def sam():
-    torch.manual_seed(3)
-    encoder = ImageEncoderViT(
-        img_size=64,
-        patch_size=16,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        out_chans=16,
-        use_rel_pos=True,
-        window_size=2,
-        global_attn_indexes=(1,),
-    )
-    prompts = PromptEncoder(embed_dim=16, image_embedding_size=(4, 4), input_image_size=(64, 64), mask_in_chans=4)
-    transformer = TwoWayTransformer(depth=2, embedding_dim=16, mlp_dim=32, num_heads=2)
-    decoder = MaskDecoder(transformer_dim=16, transformer=transformer)
-    model = Sam(encoder, prompts, decoder).double().eval()
-    model.prompt_encoder.pe_layer.float()  # which multiplies by float32 coordinates
-    return model
-
-
-def pictures():
-    generator = torch.Generator().manual_seed(5)
-    image = 255 * torch.rand(3, 64, 64, generator=generator, dtype=torch.float64)
-    box = torch.tensor([[8.0, 8.0, 40.0, 48.0]], dtype=torch.float64)
-    return [{"image": image, "original_size": (64, 64), "boxes": box}]
-
-
-def masks(model):
-    return model(pictures(), multimask_output=True)[0]["low_res_logits"]
-
-
-def ma_sam(model):
-    """q and v of every qkv, u and v shared by all blocks, mask decoder and prompt encoder trained."""
-    u, v = weight(RANK, 32), weight(32, RANK)
-    saved, added = {}, {}
-    for i in range(2):
-        q, v_core = weight(RANK, RANK), weight(RANK, RANK)
-        saved.update({f"q_FacTs_{i:03d}": q, f"v_FacTs_{i:03d}": v_core})
-        added[f"image_encoder.blocks.{i}.attn.qkv"] = lambda x, q=q, v_core=v_core: torch.cat(
-            [x @ u.T @ q.T @ v.T * SCALE, torch.zeros_like(x), x @ u.T @ v_core.T @ v.T * SCALE], dim=-1
-        )
-    saved.update({"image_encoder.FacTu.weight": u, "image_encoder.FacTv.weight": v})
-    donate(model, added)
-    for parameter in [*model.mask_decoder.parameters(), *model.prompt_encoder.parameters()]:
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    trained = ("mask_decoder", "prompt_encoder")
-    saved.update({name: value for name, value in model.state_dict().items() if name.startswith(trained)})
-    return saved, model
-
-
 def test_a_checkpoint_of_ma_sam_computes_the_same(tmp_path):
     saved, theirs = ma_sam(sam())
     torch.save(saved, tmp_path / "epoch_399.pth")
@@ -163,6 +56,99 @@ def test_a_checkpoint_of_ma_sam_computes_the_same(tmp_path):
     ours = PeftModel.from_pretrained(sam(), tmp_path / "adapter", autocast_adapter_dtype=False)
     torch.testing.assert_close(masks(ours), masks(theirs), **EXACT)
     assert (masks(sam()) - masks(theirs)).abs().max() > 0.1
+    # Two stacks of four slices: the keys own none.
+    assert config.layout == ["image_encoder.blocks.0-1: attn.qkv 32x96[qv/qkv]"]
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert saved["base_model.model.factors.32x32.fact_Sigma"].shape == (4, RANK, RANK)
+
+
+def nothing(saved):
+    pass
+
+
+def as_trained(saved):
+    """What the trainer saves beside the model."""
+    saved.update(epoch=3, iteration=100, best_metric=0.5, optimizer_state={"state": {}}, init={"name": "run"})
+
+
+def state_alone(saved):
+    state = saved.pop("model_state")
+    saved.update(state)
+
+
+@pytest.mark.parametrize("form", [nothing, as_trained, state_alone])
+def test_a_checkpoint_of_micro_sam_computes_the_same(form, tmp_path):
+    torch.manual_seed(0)
+    saved, theirs = micro_sam(sam())
+    form(saved)
+    torch.save(saved, tmp_path / "best.pt")
+    config = convert_checkpoint(tmp_path / "best.pt", tmp_path / "adapter", "micro-sam")
+    assert (config.scale, config.share, config.rank) == (1.0, "block", RANK)
+    assert config.modules_to_save == ["mask_decoder", "prompt_encoder"]
+    assert config.layout == ["image_encoder.blocks.0-1: attn.qkv 32x96[qv/qkv]"]
+    ours = PeftModel.from_pretrained(sam(), tmp_path / "adapter", autocast_adapter_dtype=False)
+    torch.testing.assert_close(masks(ours), masks(theirs), **EXACT)
+    assert (masks(sam()) - masks(theirs)).abs().max() > 0.1
+    torch.testing.assert_close(masks(ours.merge_and_unload()), masks(theirs), **EXACT)
+
+
+def test_a_checkpoint_of_micro_sam_may_adapt_some_blocks_only(tmp_path):
+    saved, theirs = micro_sam(sam())
+    state = saved["model_state"]
+    layer = "sam.image_encoder.blocks.0.attn.qkv"
+    for kind in ("weight", "bias"):
+        state[f"{layer}.{kind}"] = state.pop(f"{layer}.qkv_proj.{kind}")
+    for name in ("q_FacTs", "v_FacTs", "FacTu", "FacTv"):
+        del state[f"{layer}.{name}.weight"]
+    theirs.image_encoder.blocks[0].attn.qkv = theirs.image_encoder.blocks[0].attn.qkv.base
+    torch.save(saved, tmp_path / "best.pt")
+    convert_checkpoint(tmp_path / "best.pt", tmp_path / "adapter", "micro-sam")
+    ours = PeftModel.from_pretrained(sam(), tmp_path / "adapter", autocast_adapter_dtype=False)
+    torch.testing.assert_close(masks(ours), masks(theirs), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda saved: saved.update(decoder_state={}), "no place in a FacT adapter: decoder_state"),
+        (
+            lambda saved: saved["model_state"].update({"sam.image_encoder.blocks.0.attn.qkv.w_a_linear_q.weight": 1}),
+            r"no place in a FacT adapter: image_encoder\.blocks\.0\.attn\.qkv\.w_a_linear_q\.weight",
+        ),
+        (
+            lambda saved: saved["model_state"].pop("sam.image_encoder.blocks.1.attn.qkv.FacTv.weight"),
+            r"blocks\.1\.attn\.qkv\.FacTv\.weight is missing",
+        ),
+        (
+            lambda saved: saved["model_state"].update(
+                {"sam.image_encoder.blocks.1.attn.qkv.FacTu.weight": torch.zeros(2, 32)}
+            ),
+            r"blocks\.1\.attn\.qkv has U of shape \(32, 2\); \(32, 3\) is needed",
+        ),
+        (
+            lambda saved: saved.update(model_state={"sam.mask_decoder.x": torch.ones(1)}),
+            "No block of the image encoder",
+        ),
+    ],
+)
+def test_what_of_micro_sam_cannot_be_held_is_refused_by_name(change, said, tmp_path):
+    saved, _ = micro_sam(sam())
+    change(saved)
+    torch.save(saved, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=said):
+        convert_checkpoint(tmp_path / "best.pt", tmp_path / "adapter", "micro-sam")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_micro_sam_has_no_scale():
+    with pytest.raises(ValueError, match=r"scale=2\.0, but 'micro-sam' always computes with 1"):
+        convert_from("micro-sam", {}, scale=2.0)
+
+
+@pytest.mark.parametrize("donor", DONORS, ids=lambda donor: donor[0])
+def test_the_benchmark_finds_no_error(donor):
+    adapted, merged, without = errors(*donor[1:])
+    assert max(adapted, merged) < 1e-13 and without > 0.1
 
 
 def test_what_an_adapter_cannot_hold_is_refused_by_name(tmp_path):

@@ -1,5 +1,6 @@
 """Slices and layouts: the algebra on names and shapes."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,9 +49,11 @@ def test_layouts_are_equal_only_for_equal_layers(one, other):
 
 
 @in_any_time
-@given(shapes)
-def test_a_layout_is_read_back_in_order(linear_shapes):
-    assert list(read_layout(describe_layout(linear_shapes)).items()) == list(linear_shapes.items())
+@given(shapes, st.sampled_from(["q", "k", "v", "qk", "qv", "kv"]))
+def test_a_layout_is_read_back_in_order(linear_shapes, part):
+    parts = dict.fromkeys(list(linear_shapes)[::2], part)
+    shapes_read, parts_read = read_layout(describe_layout(linear_shapes, parts))
+    assert list(shapes_read.items()) == list(linear_shapes.items()) and parts_read == parts
 
 
 def test_vit_layout_is_one_line():
@@ -72,3 +75,39 @@ def test_up_and_down_projections_own_four_slices_each_and_qkv_three():
         ("8x8", 7, 4, 1),
         ("8x12", 0, 1, 1),
     ]
+
+
+def test_a_part_owns_its_slices_only():
+    slices = tensorize({"qkv": (8, 24), "wide": (8, 48), "fc": (8, 8)}, {"qkv": "qv", "wide": "kv"})
+    assert [owned.places for owned in slices.values()] == [
+        [0, None, 1],
+        [None, None, 2, 3, 4, 5],
+        [6],
+    ]
+    assert [owned.count for owned in slices.values()] == [2, 4, 1]
+
+
+def test_a_narrowing_layer_in_part_is_row_major_over_what_it_owns():
+    (owned,) = tensorize({"qkv": (16, 24)}, {}).values()  # sides that do not divide: one slice
+    assert owned.places == [0]
+    with pytest.raises(ValueError, match="qkv has 16 inputs and 24 outputs"):
+        tensorize({"qkv": (16, 24)}, {"qkv": "q"})
+
+
+def test_blocks_that_share_nothing_are_stacks_of_their_own():
+    layers = ["vit.layers.0.q", "vit.layers.0.fc", "vit.layers.1.q", "encoder.encoder_layer_10.mlp.0"]
+    slices = tensorize(dict.fromkeys(layers, (8, 8)), share="block")
+    assert [(owned.stack, owned.first) for owned in slices.values()] == [
+        ("8x8@vit-layers-0", 0),
+        ("8x8@vit-layers-0", 1),
+        ("8x8@vit-layers-1", 0),
+        ("8x8@encoder-encoder_layer_10", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"), [(["head"], "head lies in none"), (["a-b.0.q", "a.b.0.q"], "a.b.0.q lies in 'a.b.0', hardly")]
+)
+def test_blocks_that_cannot_be_told_apart_are_refused(layers, said):
+    with pytest.raises(ValueError, match=said):
+        tensorize(dict.fromkeys(layers, (8, 8)), share="block")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..architecture.fused import part_names
 from ..method.tensorization import describe_layout, tensorize
 from ..tuner.config import FacTConfig
 from ..tuner.factors import FACTORS
 
 PREFIX = "base_model.model."
+Share = Literal["model", "block"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class DonatedLayer:
         U: (d, r), of the stack.
         V: (e, r), of the stack.
         cores: Sigma_k (slices, r, r), row-major over (input block, output block).
+        parts: Which of q, k and v have slices, if not all of the layer has.
     """
 
     in_features: int
@@ -32,6 +36,7 @@ class DonatedLayer:
     U: Tensor
     V: Tensor
     cores: Tensor
+    parts: str = ""
 
 
 def cores_of(weight: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ def cores_of(weight: Tensor) -> Tensor:
 
 
 def assemble(
-    layers: Mapping[str, DonatedLayer], scale: float, heads: Mapping[str, Tensor]
+    layers: Mapping[str, DonatedLayer], scale: float, heads: Mapping[str, Tensor], share: Share = "model"
 ) -> tuple[FacTConfig, dict[str, Tensor]]:
     """The tensor-train adapter with the increments of `layers`.
 
@@ -50,6 +55,7 @@ def assemble(
         layers: By their names in the model, in its order.
         scale: The factor s.
         heads: What was trained in full, by name in the model.
+        share: Whether all layers have the same U and V, or those of one block.
 
     Returns:
         The config, and the state dict as ``set_peft_model_state_dict`` takes it.
@@ -58,7 +64,8 @@ def assemble(
         ValueError: If a factor has a shape that does not fit its layer, or holds NaN or infinity.
     """
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-    slices = tensorize(shapes)
+    parts = {name: layer.parts for name, layer in layers.items() if layer.parts}
+    slices = tensorize(shapes, parts, share)
     rank = next(iter(layers.values())).U.shape[1]
     factors: dict[str, Tensor] = {}
     cores: dict[str, list[Tensor]] = {}
@@ -75,13 +82,19 @@ def assemble(
         factors.update({f"{stack}.fact_U": layer.U, f"{stack}.fact_V": layer.V})
         cores.setdefault(stack, []).append(layer.cores)
     factors.update({f"{stack}.fact_Sigma": torch.cat(parts) for stack, parts in cores.items()})
+
+    def target(name: str) -> str:
+        # As a suffix, so that a deeper model is noticed; but blocks that share nothing may be adapted one by one.
+        return ".".join(name.split(".")[-2:]) if share == "model" else name
+
     config = FacTConfig(
         rank=rank,
         scale=scale,
         fact_dropout=0.1,  # of all donors
-        target_modules={".".join(name.split(".")[-2:]) for name in layers},
+        target_modules={part for name, layer in layers.items() for part in part_names(target(name), layer.parts)},
+        share=share,
         modules_to_save=sorted({name.partition(".")[0] for name in heads}),
-        layout=describe_layout(shapes),
+        layout=describe_layout(shapes, parts),
         inference_mode=True,
     )
     return config, {**factors, **{f"{PREFIX}{name}": value for name, value in heads.items()}}

@@ -21,7 +21,7 @@ def read_ma_sam(tensors: dict[str, Tensor]) -> tuple[dict[str, DonatedLayer], di
     index = 0
     while index == 0 or f"q_FacTs_{index:03d}" in tensors:
         q, v = (take(tensors, f"{name}_FacTs_{index:03d}") for name in "qv")
-        cores = cores_of(torch.cat([q, torch.zeros_like(q), v]))
-        layers[f"image_encoder.blocks.{index}.attn.qkv"] = DonatedLayer(width, 3 * width, U, V, cores)
+        cores = cores_of(torch.cat([q, v]))
+        layers[f"image_encoder.blocks.{index}.attn.qkv"] = DonatedLayer(width, 3 * width, U, V, cores, parts="qv")
         index += 1
     return layers, take_below(tensors, "prompt_encoder", "mask_decoder")

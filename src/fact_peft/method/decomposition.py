@@ -27,6 +27,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .tensorization import Slices
+
 
 def blockwise(x: Tensor, matrix: Tensor) -> Tensor:
     """x (I (x) matrix): multiply every block of `x` (..., n p) by the same `matrix` (p, q), to (..., n q)."""
@@ -34,6 +36,16 @@ def blockwise(x: Tensor, matrix: Tensor) -> Tensor:
     # Folded by hand: `matmul` decides by requires_grad how to, so that its rounding differs with and without gradients.
     product = x.reshape(-1, width) @ matrix
     return product.view(*x.shape[:-1], x.shape[-1] // width * out_width)
+
+
+def core_grid(cores: Tensor, slices: Slices) -> Tensor:
+    """The cores (..., count, r, r) of a layer's `slices` by block, (..., a, b, r, r): zeros in one without slice."""
+    owned = cores.unflatten(-3, (slices.num_in_blocks, -1))
+    if not slices.parts:
+        return owned
+    columns = dict(zip(slices.out_blocks, owned.unbind(-3), strict=True))
+    nothing = torch.zeros_like(owned[..., 0, :, :])
+    return torch.stack([columns.get(j, nothing) for j in range(slices.num_out_blocks)], dim=-3)
 
 
 def core_matrix(cores: Tensor) -> Tensor:

@@ -8,6 +8,10 @@ of its shape.
 
 The order of the slices in a stack is the order of the layers in the model, and within a layer row-major over
 (input block, output block).
+
+Of a layer that makes queries, keys and values in one, its outputs q, k and v one behind the other, a part may be left
+out: then only the output blocks of the others have slices. And where blocks share nothing (``share="block"``), the
+slices of every transformer block are stacks of their own.
 """
 
 import re
@@ -19,6 +23,9 @@ from types import MappingProxyType
 
 # More than any model has. What a few characters of a layout can list would fill the memory.
 MAX_LAYERS = 100_000
+# The parts of a layer that makes queries, keys and values in one, in the order of its outputs.
+PARTS = "qkv"
+WHOLE: Mapping[str, str] = MappingProxyType({})  # no layer in part
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,14 @@ class Slices:
     """The slices of one linear layer.
 
     Attributes:
-        stack: Name of the stack that holds them, the shape of its slices, such as ``"768x768"``.
+        stack: Name of the stack that holds them, the shape of its slices, such as ``"768x768"``; behind it the block if
+            blocks share nothing, such as ``"768x768@blocks-3"``.
         in_width: Inputs of one slice.
         out_width: Outputs of one slice.
         first: Position of the layer's first slice in the stack.
         num_in_blocks: How many slices lie side by side along the layer's input (the ``a`` of ``in = a * d``).
         num_out_blocks: The same along the output (the ``b`` of ``out = b * d``).
+        parts: Which of q, k and v have slices, such as ``"qv"``; empty if the whole layer has.
     """
 
     stack: str
@@ -40,10 +49,25 @@ class Slices:
     first: int
     num_in_blocks: int
     num_out_blocks: int
+    parts: str = ""
+
+    @property
+    def out_blocks(self) -> list[int]:
+        """The output blocks that have slices, in order."""
+        in_a_part = self.num_out_blocks // len(PARTS)
+        return [j for j in range(self.num_out_blocks) if not self.parts or PARTS[j // in_a_part] in self.parts]
 
     @property
     def count(self) -> int:
-        return self.num_in_blocks * self.num_out_blocks
+        return self.num_in_blocks * len(self.out_blocks)
+
+    @property
+    def places(self) -> list[int | None]:
+        """Position in the stack of every block, row-major over (input block, output block); None for one without."""
+        position = iter(range(self.first, self.first + self.count))
+        owned = set(self.out_blocks)
+        blocks = range(self.num_in_blocks * self.num_out_blocks)
+        return [next(position) if block % self.num_out_blocks in owned else None for block in blocks]
 
     @property
     def in_features(self) -> int:
@@ -60,20 +84,43 @@ def slice_shape(in_features: int, out_features: int) -> tuple[int, int]:
     return (short, short) if long % short == 0 else (in_features, out_features)
 
 
-def tensorize(linear_shapes: Mapping[str, tuple[int, int]]) -> dict[str, Slices]:
+def tensorize(
+    linear_shapes: Mapping[str, tuple[int, int]], parts: Mapping[str, str] = WHOLE, share: str = "model"
+) -> dict[str, Slices]:
     """Give every linear layer its slices.
 
     Args:
         linear_shapes: (in_features, out_features) by layer name, in the order of the model.
+        parts: Which of q, k and v to cut into slices, such as ``"qv"``, of those layers that are not whole, by name.
+        share: ``"model"`` for one stack of all slices of one shape, ``"block"`` for one in every block.
 
     Returns:
         The slices by layer name, in the same order.
+
+    Raises:
+        ValueError: If the slices of a layer of which a part is wanted do not fall into three parts; or if there is a
+            stack for every block, and a layer is in none, or two blocks are of one name but for dots and dashes.
     """
     stack_sizes: dict[str, int] = {}
+    blocks: dict[str, str] = {}
     slices = {}
     for name, (in_features, out_features) in linear_shapes.items():
         in_width, out_width = slice_shape(in_features, out_features)
+        if name in parts and out_features // out_width % len(PARTS):
+            raise ValueError(
+                f"{name} has {in_features} inputs and {out_features} outputs, whose slices of {in_width}x{out_width} "
+                "do not fall into q, k and v; adapt all of it, or leave it out."
+            )
         stack = f"{in_width}x{out_width}"
+        if share == "block":
+            block = block_of(name)
+            stack = f"{stack}@{block.replace('.', '-')}"
+            if not block or blocks.setdefault(stack, block) != block:
+                raise ValueError(
+                    f"share='block' needs layers that lie in blocks of distinct names, but {name} lies in "
+                    + (f"{block!r}, hardly another name than {blocks[stack]!r}" if block else "none")
+                    + "; leave it out with exclude_modules, or take share='model'."
+                )
         slices[name] = Slices(
             stack=stack,
             in_width=in_width,
@@ -81,19 +128,20 @@ def tensorize(linear_shapes: Mapping[str, tuple[int, int]]) -> dict[str, Slices]
             first=stack_sizes.get(stack, 0),
             num_in_blocks=in_features // in_width,
             num_out_blocks=out_features // out_width,
+            parts=parts.get(name, ""),
         )
         stack_sizes[stack] = slices[name].first + slices[name].count
     return slices
 
 
 @lru_cache(maxsize=8)
-def slices_of(layout: tuple[str, ...]) -> Mapping[str, Slices]:
+def slices_of(layout: tuple[str, ...], share: str = "model") -> Mapping[str, Slices]:
     """The slices by layer name of a layout that `describe_layout` wrote; kept, since thousands of adapters share one.
 
     Raises:
-        ValueError: As `read_layout`.
+        ValueError: As `read_layout` and `tensorize`.
     """
-    return MappingProxyType(tensorize(read_layout(layout)))
+    return MappingProxyType(tensorize(*read_layout(layout), share))
 
 
 def stack_sizes(slices: Iterable[Slices]) -> dict[str, int]:
@@ -115,17 +163,30 @@ def split_at_block(name: str) -> tuple[str, str, str]:
     return container[1:], index, path.removeprefix(".")
 
 
-def describe_layout(linear_shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+def block_of(name: str) -> str:
+    """Name of the transformer block that a layer lies in, by the layer's own name; empty if it lies in none.
+
+    That is where the name has its last index, as in ``blocks.3.attn.qkv``; or, without one, a part that ends in a
+    digit, as in torchvision's ``encoder_layer_3.self_attention.in_proj``.
+    """
+    container, index, _ = split_at_block(name)
+    numbered = re.fullmatch(r"(.*\d)\.(.*?\D.*)", name)
+    return ".".join(part for part in (container, index) if part) or (numbered[1] if numbered else "")
+
+
+def describe_layout(linear_shapes: Mapping[str, tuple[int, int]], parts: Mapping[str, str] = WHOLE) -> list[str]:
     """Write down which layers a set of stacks was built from, in order and compactly.
 
     Equal blocks in a row share one line, so twelve blocks of a ViT read
-    ``"vit.layers.0-11: attention.q_proj 768x768, ..., mlp.fc1 768x3072, mlp.fc2 3072x768"``. Two models get the same
-    description exactly when every slice belongs to the same layer in both; `read_layout` takes it back.
+    ``"vit.layers.0-11: attention.q_proj 768x768, ..., mlp.fc1 768x3072, mlp.fc2 3072x768"``, and where of a fused
+    layer q and v have slices, ``"attn.qkv 768x2304[qv/qkv]"``. Two models get the same description exactly when every
+    slice belongs to the same layer in both; `read_layout` takes it back. Arguments as of `tensorize`.
     """
     located = []
     for name, (in_features, out_features) in linear_shapes.items():
         container, index, path = split_at_block(name)
-        located.append((container, index, f"{path} {in_features}x{out_features}"))
+        part = f"[{parts[name]}/{PARTS}]" if name in parts else ""
+        located.append((container, index, f"{path} {in_features}x{out_features}{part}"))
     blocks = [
         (container, index, ", ".join(layer for _, _, layer in layers))
         for (container, index), layers in groupby(located, key=lambda item: item[:2])
@@ -145,18 +206,20 @@ def describe_layout(linear_shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     return lines
 
 
-def read_layout(lines: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) by layer name, in order, of a layout that `describe_layout` wrote.
+def read_layout(lines: Iterable[str]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """What `describe_layout` wrote down: (in_features, out_features) by layer name, in order, and the parts by name.
 
     Raises:
         ValueError: If a line is of another form, a layer is listed twice, or there are more than `MAX_LAYERS`.
     """
     linear_shapes: dict[str, tuple[int, int]] = {}
+    parts: dict[str, str] = {}
     for line in lines:
         where, _, layers = line.rpartition(": ")
         located = re.fullmatch(r"(?:(.*)\.)?([0-9]{1,9})(?:-([0-9]{1,9}))?", where, re.DOTALL)
         shaped = [
-            re.fullmatch(r"(.+) ([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", layer, re.DOTALL) for layer in layers.split(", ")
+            re.fullmatch(r"(.+) ([1-9][0-9]{0,8})x([1-9][0-9]{0,8})(?:\[(q|k|v|qk|qv|kv)/qkv\])?", layer, re.DOTALL)
+            for layer in layers.split(", ")
         ]
         if (where and not located) or not all(shaped):
             raise ValueError(
@@ -171,9 +234,11 @@ def read_layout(lines: Iterable[str]) -> dict[str, tuple[int, int]]:
                 "the layout from where the adapter was saved, or leave it None for a new adapter."
             )
         for block in blocks:
-            for path, in_features, out_features in (match.groups() for match in shaped if match):
-                name = ".".join(part for part in (container, str(block), path) if part)
+            for path, in_features, out_features, part in (match.groups() for match in shaped if match):
+                name = ".".join(piece for piece in (container, str(block), path) if piece)
                 if name in linear_shapes:
                     raise ValueError(f"layout lists {name!r} twice; take the layout from where the adapter was saved.")
                 linear_shapes[name] = (int(in_features), int(out_features))
-    return linear_shapes
+                if part:
+                    parts[name] = part
+    return linear_shapes, parts

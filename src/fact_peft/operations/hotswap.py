@@ -15,7 +15,7 @@ from ..tuner.contents import PREFIX
 from ..tuner.factors import FacTStack
 
 # What the compiled graph or the meaning of the numbers depends on.
-MUST_AGREE = ("rank", "decomposition", "fact_dropout", "layout", "bias", "modules_to_save")
+MUST_AGREE = ("rank", "decomposition", "fact_dropout", "share", "layout", "bias", "modules_to_save")
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from ..method.decomposition import DECOMPOSITIONS, core_matrix, increment_norm
-from ..method.tensorization import Slices, slices_of, split_at_block
+from ..method.decomposition import DECOMPOSITIONS, core_grid, core_matrix, increment_norm
+from ..method.tensorization import Slices, split_at_block
 from ..storage.adapter_file import read_tensors
 from ..storage.hub import is_hub_id
 from ..storage.quoting import for_terminal
@@ -45,7 +45,7 @@ class SavedAdapter:
     @property
     def slices(self) -> Mapping[str, Slices]:
         """The slices of every adapted layer, by the layer's name."""
-        return slices_of(tuple(self.config.layout or ()))
+        return self.config.slices
 
 
 def read_adapter(adapter: str | Path, revision: str | None = None, token: str | bool | None = None) -> SavedAdapter:
@@ -102,7 +102,7 @@ def increment_norms(adapter: SavedAdapter) -> dict[str, float]:
     for name, slices in adapter.slices.items():
         factors = {letter: factor.double() for letter, factor in adapter.factors[slices.stack].items()}
         cores = DECOMPOSITIONS[adapter.config.decomposition].cores(factors, slices.first, slices.count)
-        core = core_matrix(cores.unflatten(0, (slices.num_in_blocks, slices.num_out_blocks)))
+        core = core_matrix(core_grid(cores, slices))
         norms[name] = increment_norm(factors["U"], core, factors["V"], adapter.config.scale)
     return norms
 
@@ -112,8 +112,9 @@ def describe(adapter: SavedAdapter) -> str:
     config = adapter.config
     sizes = {stack: sum(factor.numel() for factor in factors.values()) for stack, factors in adapter.factors.items()}
     files = {name: (adapter.folder / name).stat().st_size for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
+    shared = "" if config.share == "model" else ", U and V per block"
     lines = [
-        f"method      {DECOMPOSITIONS[config.decomposition].title}, rank {config.rank}, scale {config.scale:g}",
+        f"method      {DECOMPOSITIONS[config.decomposition].title}, rank {config.rank}, scale {config.scale:g}{shared}",
         f"base        {config.base_model_name_or_path or 'not recorded'}",
         f"parameters  {sum(sizes.values()):,} in the factors, "
         f"{sum(tensor.numel() for tensor in adapter.others.values()):,} in what is trained beside them",

@@ -26,9 +26,14 @@ class Form:
     """
 
     def __init__(
-        self, layout: tuple[str, ...], decomposition: str, rank: int, heads: tuple[tuple[str, tuple[int, ...]], ...]
+        self,
+        layout: tuple[str, ...],
+        share: str,
+        decomposition: str,
+        rank: int,
+        heads: tuple[tuple[str, tuple[int, ...]], ...],
     ) -> None:
-        self.slices = slices_of(layout)
+        self.slices = slices_of(layout, share)
         self.decomposition = DECOMPOSITIONS[decomposition]
         self.rank = rank
         self.heads = dict(heads)

@@ -93,12 +93,14 @@ def grouped(
 
 def in_order_of(network: Network, form: Form, stack: str, cores: Tensor) -> Tensor:
     """Cores (n, N, r, r) in the order of the network's slices; zeros where an adapter has none."""
-    ours = {layer: owned for layer, owned in network.slices.items() if owned.stack == stack}
+    slices = [*network.slices.items(), *network.slices_by_block.items()]
+    ours = {layer: owned for layer, owned in slices if owned.stack == stack}
     absent = cores.shape[1]
     order = []
     for layer, owned in ours.items():
         theirs = form.slices.get(layer)
-        order += [absent if theirs is None else theirs.first + k for k in range(owned.count)]
+        places = [None] * owned.count if theirs is None else theirs.places
+        order += [absent if place is None else place for place in places]
     if order[:absent] == list(range(absent)):  # the usual case: all layers of the blocks, which come first
         return cores
     with_absent = torch.nn.functional.pad(cores, (0, 0, 0, 0, 0, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -17,9 +17,10 @@ from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers
 from ..architecture.labels import named_labels
 from ..architecture.linears import find_linears
+from ..method.decomposition import core_grid
 from ..method.fused_linear import autocast_dtype, is_fusable
 from ..method.per_image import FactorBank
-from ..method.tensorization import Slices, stack_sizes, tensorize
+from ..method.tensorization import Slices, block_of, stack_sizes, tensorize
 from ..tuner.call import PerImageCall
 from ..tuner.per_image_weight import PerImageWeight
 
@@ -57,39 +58,44 @@ def calling_with(batch: PooledBatch | None) -> Iterator[None]:
 class PooledLinear(nn.Module):
     """``y_i = base_layer(x_i) + x_i dW_i`` for every image i of the batch."""
 
-    def __init__(self, base_layer: nn.Module, slices: Slices) -> None:
+    def __init__(self, base_layer: nn.Module, slices: Sequence[Slices]) -> None:
         """
         Args:
             base_layer: A linear layer, quantised or not, or transformers' ``Conv1D``.
-            slices: Its slices among those of the network.
+            slices: Its slices among those of the network and, if it lies in a block, among those of the block.
         """
         super().__init__()
         self.base_layer = base_layer
         self.slices = slices
-        self.in_features, self.out_features = slices.in_features, slices.out_features
+        self.in_features, self.out_features = slices[0].in_features, slices[0].out_features
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(R, ..., in_features) to (R, ..., out_features), where every image has as many of the R rows."""
         return self._add_increments(x, self.base_layer(x, *args, **kwargs))
 
     def _add_increments(self, x: Tensor, y: Tensor) -> Tensor:
-        batch, slices = _CURRENT.get(), self.slices
-        factors = None if batch is None else batch.factors.get(slices.stack)
-        if batch is None or factors is None:
+        batch = _CURRENT.get()
+        if batch is None:
             return y
         dtype = autocast_dtype(x) or x.dtype
-        if factors.U.dtype != dtype:
-            factors = factors.to(x.device, dtype)
-        cores = factors.cores.narrow(1, slices.first, slices.count)
-        cores = cores.unflatten(1, (slices.num_in_blocks, slices.num_out_blocks))
-        return batch.add(x, y, factors, cores, in_place=not torch.is_grad_enabled() and is_fusable(self.base_layer))
+        in_place = not torch.is_grad_enabled() and is_fusable(self.base_layer)
+        for slices in self.slices:
+            factors = batch.factors.get(slices.stack)
+            if factors is None:
+                continue
+            if factors.U.dtype != dtype:
+                factors = factors.to(x.device, dtype)
+            cores = core_grid(factors.cores.narrow(1, slices.first, slices.count), slices)
+            y = batch.add(x, y, factors, cores, in_place)
+        return y
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight, or in a batch what stands for every image's own."""
         weight: Any = self.base_layer.weight
         batch = _CURRENT.get()
-        if batch is None or self.slices.stack not in batch.factors or type(self.base_layer) is not nn.Linear:
+        adapted = batch is not None and any(slices.stack in batch.factors for slices in self.slices)
+        if not adapted or type(self.base_layer) is not nn.Linear:
             return weight
         return PerImageWeight.of(weight, self._add_increments)
 
@@ -128,7 +134,8 @@ class Network:
         module: The copy, in evaluation mode.
         slices: The slices of every linear layer outside the heads, by name; those of the blocks come first. Not those
             of ``nn.MultiheadAttention``, which it does not call.
-        num_slices: Their number, by stack.
+        slices_by_block: Of those in blocks, the slices that they have where every block is a stack of its own.
+        num_slices: The number of slices, by stack.
         heads: The classifiers, by name; the last one has an output per label.
         labels: The class names of the model itself.
     """
@@ -155,9 +162,13 @@ class Network:
         if not self.heads:
             raise ValueError(f"vit is a {type(vit).__name__} without a classification head; the pool wants one.")
         linears = {**find_block_linears(vit), **find_linears(vit)}
-        self.slices = tensorize({name: shape for name, shape in linears.items() if self._calls(vit, name)})
-        self.num_slices = stack_sizes(self.slices.values())
-        for name, owned in self.slices.items():
+        called = {name: shape for name, shape in linears.items() if self._calls(vit, name)}
+        self.slices = tensorize(called)
+        in_blocks = {name: shape for name, shape in called.items() if block_of(name)}
+        self.slices_by_block = tensorize(in_blocks, share="block")
+        self.num_slices = stack_sizes([*self.slices.values(), *self.slices_by_block.values()])
+        for name in called:
+            owned = [slices[name] for slices in (self.slices, self.slices_by_block) if name in slices]
             self._replace(name, PooledLinear(vit.get_submodule(name), owned))
         for name, head in self.heads.items():
             self._replace(name, PooledHead(head, name))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.decomposition import core_matrix, increment_norm
+from ..method.decomposition import core_grid, core_matrix, increment_norm
 from ..operations.inspection import SavedAdapter, read_adapter, split_tensors
 from ..tuner.config import FacTConfig
 from .form import Form, form_of
@@ -64,7 +64,7 @@ def checked(name: str, adapter: SavedAdapter, network: Network, dtype: torch.dty
     if not reasons:
         heads = {key: tensor for key, tensor in adapter.others.items()}
         shapes = tuple((key, tuple(tensor.shape)) for key, tensor in heads.items())
-        form = form_of(tuple(config.layout or ()), config.decomposition, config.rank, shapes)
+        form = form_of(tuple(config.layout or ()), config.share, config.decomposition, config.rank, shapes)
         tensors = {(stack, letter): t for stack, group in adapter.factors.items() for letter, t in group.items()}
         tensors |= {("", key): tensor for key, tensor in heads.items()}
         reasons += misfits(form, tensors)
@@ -137,7 +137,6 @@ def increment_norms(version: Version, vector: Tensor) -> dict[str, float]:
     norms = {}
     for layer, owned in form.slices.items():
         U, cores, V = terms[owned.stack]
-        mine = cores.narrow(0, owned.first, owned.count)
-        core = core_matrix(mine.unflatten(0, (owned.num_in_blocks, owned.num_out_blocks)))
+        core = core_matrix(core_grid(cores.narrow(0, owned.first, owned.count), owned))
         norms[layer] = increment_norm(U, core, V, version.scale)
     return norms

@@ -115,6 +115,7 @@ def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, floa
         "|---|---|",
         f"| method | {DECOMPOSITIONS[config.decomposition].title} |",
         f"| rank | {config.rank} |",
+        f"| U and V are shared by | {'all layers' if config.share == 'model' else 'the layers of each block'} |",
         f"| scale | {config.scale:g} |",
         f"| parameters of the factors | {in_factors:,} |",
         f"| other trained parameters{f' (head: {heads})' if heads else ''} | {others:,} |",

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from ..method.decomposition import core_grid
 from ..method.per_image import FactorBank, bank, read_per_image, write_per_image
 from ..method.tensorization import Slices
 from .factors import FacTStack
@@ -112,17 +113,16 @@ class MixedBatch(PerImageCall):
 
     def cores(self, factors: FactorBank, stack: FacTStack, slices: Mapping[str, Slices]) -> Tensor:
         """The cores (images, a, b, r, r) of one layer, of which each adapter has its `slices`."""
-        shape = next(iter(slices.values()))
+        owned = [slices.get(name) for name in self.distinct if name in stack.fact_config]
+        if owned[0] is not None and len(set(owned)) == 1:  # all adapters have the same slices, or none
+            return core_grid(factors.cores.narrow(1, owned[0].first, owned[0].count), owned[0])
         absent = factors.cores.shape[1] - 1  # the slice of zeros
-        first = [slices[name].first if name in slices else None for name in self.distinct if name in stack.fact_config]
-        if len(set(first)) == 1 and first[0] is not None:  # all adapters have the same layers, or none
-            cores = factors.cores.narrow(1, first[0], shape.count)
-        else:
-            places = {name: [owned.first + k for k in range(shape.count)] for name, owned in slices.items()}
-            index = [places.get(name, [absent] * shape.count) for name in self.names]
-            images = torch.arange(len(self.names), device=factors.cores.device)
-            cores = factors.cores[images[:, None], torch.tensor(index, device=factors.cores.device)]
-        return cores.unflatten(1, (shape.num_in_blocks, shape.num_out_blocks))
+        places = {name: [absent if place is None else place for place in mine.places] for name, mine in slices.items()}
+        layer = next(iter(slices.values()))
+        nowhere = [absent] * len(layer.places)
+        index = torch.tensor([places.get(name, nowhere) for name in self.names], device=factors.cores.device)
+        images = torch.arange(len(self.names), device=factors.cores.device)
+        return factors.cores[images[:, None], index].unflatten(1, (layer.num_in_blocks, layer.num_out_blocks))
 
 
 _CURRENT: ContextVar[MixedBatch | None] = ContextVar("fact_peft_mixed_batch", default=None)

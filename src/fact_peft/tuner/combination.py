@@ -12,21 +12,28 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from ..architecture.fused import part_names
 from .config import FacTConfig
 from .layer import FacTLinear
 
 
 def combined_config(model: nn.Module, configs: dict[str, FacTConfig]) -> FacTConfig:
-    """The config of a sum of adapters: tensor-train, of the sum of their ranks, on all the layers of any of them."""
+    """The config of a sum of adapters: tensor-train, of the sum of their ranks, on all the layers of any of them.
+
+    Of a fused layer it has the parts of any of them, and it has one U and V in every block as soon as one of them has.
+    """
     first = next(iter(configs.values()))
     heads = [name for config in configs.values() for name in config.modules_to_save or []]
     return FacTConfig(
         rank=sum(config.rank for config in configs.values()),
         target_modules={
-            name
+            part
             for name, layer in model.named_modules()
-            if isinstance(layer, FacTLinear) and not configs.keys().isdisjoint(layer.fact_slices)
+            if isinstance(layer, FacTLinear)
+            for adapter_name in configs.keys() & layer.fact_slices.keys()
+            for part in part_names(name, layer.fact_slices[adapter_name].parts)
         },
+        share="block" if any(config.share == "block" for config in configs.values()) else "model",
         modules_to_save=list(dict.fromkeys(heads)),
         labels=first.labels if all(config.labels == first.labels for config in configs.values()) else None,
         base_model_name_or_path=first.base_model_name_or_path,
@@ -61,7 +68,9 @@ def fill_with_sum(model: nn.Module, adapter_name: str, weights: dict[str, float]
                 cores = weight * stack.scale(name) * stack.cores(name, layer.fact_slices[name])
                 total["U"][:, columns] = stack.fact_U[name]
                 total["V"][:, columns] = stack.fact_V[name]
-                total["Sigma"][owned.first : owned.first + owned.count, columns, columns] = cores
+                places = dict(zip(layer.fact_slices[name].places, owned.places, strict=True))
+                index = [place for other, place in places.items() if other is not None]
+                total["Sigma"][index, columns, columns] = cores
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             sum_heads(module, adapter_name, weights)

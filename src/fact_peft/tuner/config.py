@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from peft.utils.peft_types import PeftType
 from torch import finfo, float32, nn
 
 from ..method.decomposition import DECOMPOSITIONS
-from ..method.tensorization import slices_of
+from ..method.tensorization import Slices, slices_of
 
 
 @dataclass
@@ -35,10 +36,13 @@ class FacTConfig(PeftConfig):
         fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
         target_modules: Linear layers to adapt, as in every PEFT method: name suffixes, one regex that matches whole
             names, or ``"all-linear"``. None: all linear layers inside the repeated transformer blocks, found by
-            structure.
-        exclude_modules: Layers not to adapt, as name suffixes or one regex.
+            structure. Of a layer that makes queries, keys and values in one, ``"qkv.q"``, ``"qkv.k"`` and ``"qkv.v"``
+            are the parts, or ``"in_proj.q"``... in ``nn.MultiheadAttention``: what is left out has no cores.
+        exclude_modules: Layers not to adapt, or parts of fused ones, as name suffixes or one regex.
         layers_to_transform: Index or indices of the blocks to adapt; None for all.
         layers_pattern: Name of the block container (such as ``"layers"``) that `layers_to_transform` counts in.
+        share: ``"model"``: one U and V (and in Tucker form one C) for all slices of one shape, as the method defines.
+            ``"block"``: every transformer block has its own, and a ViT-B/16 of rank 8 156,672 parameters.
         modules_to_save: Modules trained in full and saved with the adapter. None: the classifier of a classification
             model, as the method defines; ``[]``: none.
         bias: Which biases to train: ``"none"``, ``"all"``, or ``"fact_only"`` for those of the adapted layers.
@@ -81,6 +85,9 @@ class FacTConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the block container that layers_to_transform counts in."}
+    )
+    share: Literal["model", "block"] = field(
+        default="model", metadata={"help": "Who shares U and V: all layers ('model') or those of each block ('block')."}
     )
     modules_to_save: list[str] | None = field(
         default=None,
@@ -126,6 +133,7 @@ class FacTConfig(PeftConfig):
         self._check_rank()
         self._check_choice("decomposition", tuple(DECOMPOSITIONS))
         self._check_choice("bias", ("none", "all", "fact_only"))
+        self._check_choice("share", ("model", "block"))
         self._check_number("scale")
         if self.scale == 0:
             raise ValueError(
@@ -157,7 +165,12 @@ class FacTConfig(PeftConfig):
         if self.layout is not None:
             if not isinstance(self.layout, list) or not all(isinstance(line, str) for line in self.layout):
                 raise ValueError(f"layout={self.layout!r} is not a list of strings; leave it None for a new adapter.")
-            slices_of(tuple(self.layout))
+            slices_of(tuple(self.layout), self.share)
+
+    @property
+    def slices(self) -> Mapping[str, Slices]:
+        """The slices by layer name; none as long as no model has settled the layout."""
+        return slices_of(tuple(self.layout or ()), self.share)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: sets as sorted lists, so that equal configs make equal files."""

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..method.decomposition import DECOMPOSITIONS
-from ..method.tensorization import slices_of, stack_sizes
+from ..method.tensorization import stack_sizes
 from ..storage.adapter_file import adapter_files, has_nan, is_finite, read_tensors
 from ..storage.quoting import for_terminal
 from .config import FacTConfig
@@ -50,7 +50,7 @@ def check_contents(config: FacTConfig, tensors: Iterable[tuple[str, Tensor]], so
             f"The config of {source} has no layout, so what its numbers mean is not known: it was probably made by "
             "hand; save the adapter again with save_pretrained."
         )
-    layers, missing = slices_of(tuple(config.layout)), factor_shapes(config)
+    layers, missing = config.slices, factor_shapes(config)
     foreign, broken, misfits = [], [], []
     for key, tensor in tensors:
         name = key.removeprefix(PREFIX)
@@ -85,7 +85,7 @@ def check_contents(config: FacTConfig, tensors: Iterable[tuple[str, Tensor]], so
 
 def factor_shapes(config: FacTConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the factors of an adapter by their name in its file, less the prefix of PEFT."""
-    slices = slices_of(tuple(config.layout or ()))
+    slices = config.slices
     shapes = DECOMPOSITIONS[config.decomposition].shapes
     widths = {owned.stack: (owned.in_width, owned.out_width) for owned in slices.values()}
     return {

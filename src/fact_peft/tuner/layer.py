@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture.linears import linear_shape
-from ..method.decomposition import contract, core_matrix, expand, increment, low_rank_pair
+from ..method.decomposition import contract, core_grid, core_matrix, expand, increment, low_rank_pair
 from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable, without_autocast
 from ..method.tensorization import Slices
 from .call import MixedBatch, current_batch
@@ -74,8 +74,8 @@ class FacTLinear(nn.Module, FacTLayer):
         stack, slices = self.fact_stacks[adapter_name], self.fact_slices[adapter_name]
         U, V = stack.fact_U[adapter_name], stack.fact_V[adapter_name]
         with without_autocast(U):  # Tucker's cores are products, whose gradients float16 could not hold
-            cores = stack.cores(adapter_name, slices).unflatten(0, (slices.num_in_blocks, slices.num_out_blocks))
-        return U, core_matrix(cores), V
+            core = core_matrix(core_grid(stack.cores(adapter_name, slices), slices))
+        return U, core, V
 
     def _precise_terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         U, core, V = self.terms(adapter_name)
@@ -256,5 +256,6 @@ class FacTLinear(nn.Module, FacTLayer):
     def extra_repr(self) -> str:
         return ", ".join(
             f"{name}: slices {owned.first}-{owned.first + owned.count - 1} of {owned.stack}"
+            + (f" for {owned.parts}" if owned.parts else "")
             for name, owned in self.fact_slices.items()
         )

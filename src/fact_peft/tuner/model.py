@@ -67,13 +67,20 @@ class FacTModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             check_not_merged(model, adapter_name, "replaced")
-            self.peft_config[adapter_name], self._plan = resolve(asked, model)
+            config, self._plan = resolve(asked, model)
         except Exception:
             self._restore_config(adapter_name)
             raise
+        self.peft_config[adapter_name] = config
         self._forget(adapter_name)
         open_attentions(model, self._plan)
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        targets, in_part = config.target_modules, any(owned.parts for owned in self._plan.values())
+        with warnings.catch_warnings():
+            if in_part:  # of which PEFT sees nothing excluded
+                warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        if in_part:  # PEFT shortens long lists to what tells modules apart, but not their parts
+            config.target_modules = targets
         adopt_heads(model)
         if adapter_name in self.active_adapters:
             for wrapper in self._heads():  # PEFT activates a new head only where there was none
@@ -99,7 +106,8 @@ class FacTModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        return is_targeted(peft_config, key)
+        assert isinstance(peft_config, FacTConfig)
+        return key in peft_config.slices or is_targeted(peft_config, key)
 
     def _create_and_replace(
         self,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import (
+    _ExcludedModule,
     _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
@@ -17,12 +18,13 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..architecture.blocks import find_block_linears
+from ..architecture.blocks import find_block_linears, find_blocks
+from ..architecture.fused import check_order, is_fused
 from ..architecture.heads import find_classifiers
 from ..architecture.labels import fitting_labels
 from ..architecture.linears import base_of, find_linears, walk
 from ..architecture.multihead import IN_PROJ
-from ..method.tensorization import Slices, describe_layout, read_layout, tensorize
+from ..method.tensorization import PARTS, Slices, block_of, describe_layout, read_layout, tensorize
 from ..storage.hub import with_folders_marked
 from .config import FacTConfig
 from .factors import FACTORS, SharedFactors
@@ -129,6 +131,52 @@ def is_targeted(config: Any, name: str) -> Any:
     return check_target_module_exists(config, f".{name}")
 
 
+def targeted_parts(config: FacTConfig, model: nn.Module, name: str) -> str:
+    """Which of q, k and v of the linear layer `name` are targeted; of a layer that is not fused, all or none."""
+    whole = is_targeted(config, name)
+    if isinstance(whole, _ExcludedModule) or not is_fused(model, name):
+        return PARTS if whole else ""
+    answers = {part: is_targeted(config, f"{name}.{part}") for part in PARTS}
+    return "".join(
+        part for part, answer in answers.items() if answer or (whole and not isinstance(answer, _ExcludedModule))
+    )
+
+
+def check_parts(config: FacTConfig, model: nn.Module, linears: Iterable[str]) -> None:
+    """Refuse part names, such as ``fc1.q``, of a layer that has no such parts.
+
+    Raises:
+        ValueError: If `target_modules` or `exclude_modules` lists one.
+    """
+    for field in ("target_modules", "exclude_modules"):
+        asked = getattr(config, field)
+        for part in asked if isinstance(asked, set) else []:
+            layer, _, letter = part.rpartition(".")
+            for name in linears if layer and letter in list(PARTS) else []:
+                if f".{name}".endswith(f".{layer}") and not is_fused(model, name):
+                    raise ValueError(
+                        f"{field} has {part!r}, but {name} does not make queries, keys and values in one; name the "
+                        "layer itself, or a layer that does, such as 'qkv.q'."
+                    )
+
+
+def check_blocks(model: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse to share factors in a block that the names of its layers do not tell.
+
+    Raises:
+        ValueError: If a layer of a transformer block lies, by its name, in another one.
+    """
+    blocks = find_blocks(model)
+    for name in layers:
+        for block in blocks:
+            if name.startswith(f"{block}.") and block_of(name) != block:
+                raise ValueError(
+                    f"share='block' cannot be had on {type(model).__name__}: {name} lies in the block {block}, but by "
+                    f"its name in {block_of(name) or 'none'}; leave it out with exclude_modules, or take "
+                    "share='model'."
+                )
+
+
 def check_not_sharded(model: nn.Module) -> None:
     """Refuse a model that is already spread over processes by FSDP2 or tensor parallelism.
 
@@ -167,8 +215,9 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
 
     Raises:
         NoMatchingPeftModuleError: If nothing is targeted.
-        ValueError: If a target is not a linear layer, the rank exceeds a layer's width, the config carries the layout
-            of other layers, or the model has something else in the place of the factors.
+        ValueError: If a target is not a linear layer, or a part of one whose outputs are not q, k and v; the rank
+            exceeds a layer's width; the config carries the layout of other layers; its `share` needs blocks that are
+            not to be told; or the model has something else in the place of the factors.
     """
     if not isinstance(getattr(model, FACTORS, SharedFactors()), SharedFactors):
         raise ValueError(
@@ -183,7 +232,10 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
                 "nn.Linear and Conv1D layers, and in_proj and out_proj of nn.MultiheadAttention. Name linear layers "
                 "only, or leave target_modules=None to adapt all of them inside the transformer blocks."
             )
-    targets = {name: shape for name, shape in linears.items() if is_targeted(config, name)}
+    check_parts(config, model, linears)
+    wanted = {name: targeted_parts(config, model, name) for name in linears}
+    targets = {name: shape for name, shape in linears.items() if wanted[name]}
+    parts = {name: wanted[name] for name in targets if wanted[name] != PARTS}
     for name in targets:
         if config.fan_in_fan_out and name in modules and isinstance(base_of(modules[name]), nn.Linear):
             warnings.warn(
@@ -193,7 +245,7 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
             )
             config.fan_in_fan_out = False
 
-    layout = describe_layout(targets)
+    layout = describe_layout(targets, parts)
     if config.layout is not None and config.layout != layout:
         raise ValueError(layout_mismatch(config, layout, model))
     if not targets:
@@ -203,7 +255,10 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
             f"It has, among others, {some(linears)}. Leave target_modules=None to adapt all linear layers inside the "
             "transformer blocks."
         )
-    slices = tensorize(targets)
+    check_order(model, parts)
+    if config.share == "block":
+        check_blocks(model, targets)
+    slices = tensorize(targets, parts, config.share)
     for name, owned in slices.items():
         width = min(owned.in_width, owned.out_width)
         if config.rank > width:
@@ -212,19 +267,19 @@ def plan_slices(config: FacTConfig, model: nn.Module) -> dict[str, Slices]:
                 f"{owned.out_features} features); use a rank of at most {width}, or exclude_modules to leave it out."
             )
     if config.layout is None:
-        check_readable(layout, targets)
+        check_readable(layout, targets, parts)
         config.layout = layout
     return slices
 
 
-def check_readable(layout: list[str], targets: dict[str, tuple[int, int]]) -> None:
+def check_readable(layout: list[str], targets: dict[str, tuple[int, int]], parts: dict[str, str]) -> None:
     """Refuse names that make a layout which cannot be read back, since the adapter would save and never load again.
 
     Raises:
         ValueError: If a layer has such a name.
     """
     try:
-        readable = read_layout(layout) == targets
+        readable = read_layout(layout) == (targets, parts)
     except ValueError:
         readable = False
     if not readable:
