@@ -3,6 +3,7 @@
 from .converters.conversion import convert_checkpoint, convert_from
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
+from .operations.quantization import quantize_adapter
 from .serving.pool import AdapterPool
 from .serving.prediction import Prediction
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
@@ -24,6 +25,7 @@ __all__ = [
     "hotswap_adapter",
     "load_image_classifier",
     "push_image_classifier",
+    "quantize_adapter",
     "save_as_lora",
     "save_image_classifier",
 ]
