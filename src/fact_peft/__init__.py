@@ -4,6 +4,7 @@ from .converters.conversion import convert_checkpoint, convert_from
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
 from .operations.quantization import quantize_adapter
+from .operations.straight_through import StraightThrough, StraightThroughCallback
 from .serving.pool import AdapterPool
 from .serving.prediction import Prediction
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
@@ -19,6 +20,8 @@ __all__ = [
     "FacTLinear",
     "FacTModel",
     "Prediction",
+    "StraightThrough",
+    "StraightThroughCallback",
     "convert_checkpoint",
     "convert_from",
     "convert_to_lora",

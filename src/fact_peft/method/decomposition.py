@@ -127,12 +127,22 @@ class Decomposition(ABC):
         """The same increments, exactly, with orthogonal columns of equal length in U and V.
 
         With U = Q_U R_U and V = Q_V R_V the increments are s Q_U (R_U Sigma_k R_V^T) Q_V^T. No number of U or V then
-        matters more than another, which is where rounding costs least. U and V keep their Frobenius norms, so that a
-        learning rate that suited them still does.
+        matters more than another, and groups of numbers that are rounded together are alike. U and V keep their
+        Frobenius norms, so that a learning rate that suited them still does.
 
         Args:
             factors: All factors of a stack.
         """
+
+    def distance(self, factors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+        """Frobenius norm of U Sigma_k V^T - U' Sigma'_k V'^T over all slices k of a stack: of increments of scale 1."""
+        U, V = (torch.cat([factors[letter], others[letter]], dim=1) for letter in ("U", "V"))
+        ours, theirs = self.all_cores(factors), -self.all_cores(others)
+        cores = torch.cat(
+            [nn.functional.pad(ours, (0, len(theirs[0]), 0, 0)), nn.functional.pad(theirs, (len(ours[0]), 0, 0, 0))],
+            dim=1,
+        )
+        return increment_norm(U, core_matrix(cores[None]), V, scale=1.0)
 
     def shapes(self, in_width: int, out_width: int, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all factors of a stack of `num_slices` slices of `in_width` x `out_width`."""

@@ -63,9 +63,8 @@ def from_storage(name: str, tensor: Tensor) -> Tensor:
 def to_storage_together(config: FacTConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The factors and biases of an adapter as they are saved.
 
-    Before they are rounded to integers the factors of a stack are brought to the form in which that costs least, see
-    `Decomposition.orthogonalized`; unless all of them are numbers that rounding does not change, such as those of an
-    adapter that was loaded. So what is saved again is the same to the bit.
+    Before they are rounded to integers, the factors of a stack may be written in another form with the same increments,
+    see `before_rounding`.
 
     Args:
         config: Of the adapter.
@@ -87,13 +86,20 @@ def to_storage_together(config: FacTConfig, adapter_name: str, tensors: Mapping[
 
 
 def before_rounding(config: FacTConfig, factors: Mapping[str, Tensor], bits: int) -> Mapping[str, Tensor]:
-    """The factors of a stack with the same increments, in the form in which rounding to so many bits costs least."""
+    """The factors of a stack as they are, or orthogonalized: whichever rounding to so many bits changes less.
+
+    What was rounded before, such as a loaded adapter, stays as it is, so that it is saved again to the same bits.
+    """
     if not all(has_numbers(factor) and is_finite(factor) for factor in factors.values()):
         return factors
-    if all(torch.equal(unpack(pack(factor, bits)), factor.detach().cpu().float()) for factor in factors.values()):
-        return factors
-    exact = {letter: factor.detach().double() for letter, factor in factors.items()}
-    return DECOMPOSITIONS[config.decomposition].orthogonalized(exact)
+    decomposition = DECOMPOSITIONS[config.decomposition]
+    exact = {letter: factor.detach().cpu().double() for letter, factor in factors.items()}
+
+    def error(form: Mapping[str, Tensor]) -> float:
+        rounded = {letter: unpack(pack(factor, bits)).double() for letter, factor in form.items()}
+        return decomposition.distance(exact, rounded)
+
+    return min(exact, decomposition.orthogonalized(exact), key=error)  # of equals the first
 
 
 def has_numbers(tensor: Tensor) -> bool:
