@@ -5,9 +5,9 @@
     python -m benchmarks.frontier.bytes ... --image_size 70 --tasks dtd10 rsscn7          # on a CPU
 
 Every method is trained once a task and seed, at its first learning rate, and kept as float32 in --trained. What is
-stored is made from that: FacT's factors as trained and orthogonalized, the head in 8 bits where the factors have fewer;
-other methods packed as FacT is. With --straight_through the training of FacT goes on for so many epochs at a quarter of
-the rate, rounded to 4 and 2 bits, and once more unrounded for comparison.
+stored is made from that: FacT's factors as trained and orthogonalized, the head in 8 bits or in 4; other methods packed
+as FacT is. With --straight_through the training of FacT goes on for so many epochs at a quarter of the rate, rounded,
+and once more unrounded for comparison.
 
 Each is a record in RESULTS/TASK.json, and is not measured again; backbone and tasks are as for benchmarks.frontier.
 """
@@ -33,14 +33,15 @@ from benchmarks.reporting.results import Results
 
 CACHE = Path("outputs") / "frontier" / "images"
 WANTED = ["FacT-TT r=4", "FacT-TT r=8", "linear probe", "LoRA r=1", "VeRA r=256"]
-# Storages, and the forms in which factors are rounded to them.
+# Storages of factors and head, and the forms in which factors are rounded to them.
 WAYS = [
-    ("float32", AS_TRAINED),
-    ("float16", AS_TRAINED),
-    ("int8", AS_TRAINED),
-    *((storage, form) for storage in ("int4", "int2") for form in (AS_TRAINED, ORTHOGONALIZED)),
+    ("float32", "float32", AS_TRAINED),
+    ("float16", "float16", AS_TRAINED),
+    ("int8", "int8", AS_TRAINED),
+    *((storage, "int8", form) for storage in ("int4", "int2") for form in (AS_TRAINED, ORTHOGONALIZED)),
+    *((storage, "int4", AS_TRAINED) for storage in ("int4", "int2")),
 ]
-ROUNDED_IN_TRAINING = ("int4", "int2")
+IN_TRAINING = [("int4", "int4"), ("int2", "int4"), ("float32", "float32")]  # the last for comparison: no rounding
 
 
 def measure(args: argparse.Namespace, backbone: Backbone, task_name: str, task: Task, name: str, seed: int) -> None:
@@ -50,14 +51,14 @@ def measure(args: argparse.Namespace, backbone: Backbone, task_name: str, task: 
     start = args.trained / f"{stem}.safetensors"
     results = Results(args.output / f"{task_name}.json")
 
-    def keep(storage: str, form: str, later: int, rounding: str | None) -> None:
+    def keep(storage: str, head_storage: str, form: str, later: int = 0) -> None:
         setting: dict[str, Any] = {
             "method": name,
             "seed": seed,
             "storage": storage,
+            "head_storage": head_storage,
             "form": form,
             "later_epochs": later,
-            "rounding": rounding,
             "backbone": backbone.fingerprint,
             "num_test": len(task.test.labels),
             "num_labels": task.num_labels,
@@ -70,23 +71,25 @@ def measure(args: argparse.Namespace, backbone: Backbone, task_name: str, task: 
             return
         model, heads = trained(backbone, task, method, seed, protocol, start)
         if later:
-            file = args.trained / f"{stem}+{later}-{rounding}.safetensors"
+            file = args.trained / f"{stem}+{later}-{storage}-{head_storage}.safetensors"
             more = Protocol(later, args.batch_size)
-            model, heads = continued(backbone, task, method, seed, more, start, file, rounding)
-        found = store_fact(model, storage, form) if is_fact(model) else store_other(model, heads, storage)
+            model, heads = continued(backbone, task, method, seed, more, start, file, storage, head_storage)
+        found = (
+            store_fact(model, storage, head_storage, form)
+            if is_fact(model)
+            else store_other(model, heads, storage, head_storage)
+        )
         found["test_accuracy"] = accuracy(backbone, model, task.test)
         results.add(setting, found)
-        tqdm.write(f"{task_name}, {name}, {storage}, {form}, {later} epochs of {rounding}: {found}")
+        tqdm.write(f"{task_name}, {name}, {storage}, head {head_storage}, {form}, {later} more epochs: {found}")
 
     fact = name.startswith("FacT")
-    for storage, form in WAYS:
+    for storage, head_storage, form in WAYS:
         if storage in args.storages and (fact or form == AS_TRAINED):
-            keep(storage, form, 0, None)
-    if fact and args.straight_through:
-        for rounding in (*ROUNDED_IN_TRAINING, None):
-            storage = rounding or "float32"
-            if storage in args.storages:
-                keep(storage, AS_TRAINED, args.straight_through, rounding)
+            keep(storage, head_storage, form)
+    for storage, head_storage in IN_TRAINING if fact and args.straight_through else []:
+        if storage in args.storages:
+            keep(storage, head_storage, AS_TRAINED, args.straight_through)
 
 
 def main() -> None:
@@ -96,7 +99,7 @@ def main() -> None:
     add("--data", type=Path, help="folder of the tasks; without it nothing is measured")
     add("--tasks", nargs="+", help="(default: all in --data)")
     add("--methods", nargs="+", choices=METHODS, default=WANTED, metavar="METHOD", help=f"(default: {WANTED})")
-    storages = list(dict.fromkeys(storage for storage, _ in WAYS))
+    storages = list(dict.fromkeys(storage for storage, _, _ in WAYS))
     add("--storages", nargs="+", choices=storages, default=storages, help="(default: all)")
     add("--straight_through", type=int, default=0, metavar="EPOCHS", help="more epochs, rounded (default: none)")
     add("--image_size", type=int, default=224, help="pixels a side (default: %(default)s)")

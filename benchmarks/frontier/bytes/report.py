@@ -11,7 +11,7 @@ from benchmarks.frontier.bytes.storing import AS_TRAINED
 from benchmarks.reporting.markdown import table
 from benchmarks.reporting.results import Results
 
-WAY = ["method", "storage", "form", "later_epochs", "rounding"]  # what is compared
+WAY = ["method", "storage", "head_storage", "form", "later_epochs"]  # what is compared
 MARKERS = {"float32": "o", "float16": "s", "int8": "D", "int4": "^", "int2": "v"}
 
 
@@ -24,8 +24,7 @@ def read(folder: Path) -> pd.DataFrame:
     frames = [Results(file).frame().assign(task=file.stem) for file in sorted(folder.glob("*.json"))]
     if not frames:
         raise ValueError(f"{folder} has no results; measure some first, with --data.")
-    runs = pd.concat(frames, ignore_index=True)
-    return runs.fillna({"rounding": ""})
+    return pd.concat(frames, ignore_index=True)
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -45,9 +44,9 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 def way(row: pd.Series) -> str:
     """What was done beside rounding, in words."""
     if row["later_epochs"] == 0:
-        return row["form"] if row["storage"] in ("int4", "int2") and row["method"].startswith("FacT") else ""
+        return "" if row["form"] == AS_TRAINED else row["form"]
     epochs = f"{row['later_epochs']} more epoch{'s' if row['later_epochs'] > 1 else ''}"
-    return f"{epochs}, straight-through" if row["rounding"] else f"{epochs}, unrounded"
+    return f"{epochs}, unrounded" if row["storage"] == "float32" else f"{epochs}, straight-through"
 
 
 def report(runs: pd.DataFrame) -> str:
@@ -56,7 +55,14 @@ def report(runs: pd.DataFrame) -> str:
     tasks = sorted(set(runs["task"]))
     rows = []
     for _, row in summary(runs).iterrows():
-        cells = [row["method"], row["storage"], way(row), f"{row['bytes']:,.0f}", number(row.get("error"), "{:.1f}")]
+        cells = [
+            row["method"],
+            row["storage"],
+            row["head_storage"],
+            way(row),
+            f"{row['bytes']:,.0f}",
+            number(row.get("error"), "{:.1f}"),
+        ]
         cells += [number(row[task], "{:.1f}") for task in tasks]
         rows.append([*cells, number(row["mean"], "{:.1f}"), number(row["change"], "{:+.1f}")])
     errors = [sampling_error(runs[runs["task"] == task]) for task in tasks]
@@ -67,7 +73,17 @@ def report(runs: pd.DataFrame) -> str:
             f"{first['batch_size']}, seeds: {runs['seed'].nunique()}. Sampling error of an accuracy: "
             f"{min(errors):.1f} to {max(errors):.1f}, of the mean {of_mean:.1f}.",
             table(
-                ["method", "storage", "how", "bytes", "change of dW, %", *tasks, "mean", "points lost to rounding"],
+                [
+                    "method",
+                    "factors",
+                    "head",
+                    "how",
+                    "bytes",
+                    "change of dW, %",
+                    *tasks,
+                    "mean",
+                    "points lost to rounding",
+                ],
                 rows,
             ),
         ]
@@ -97,7 +113,7 @@ def plot(runs: pd.DataFrame, file: Path) -> None:
         axes.plot(plain["bytes"], plain["mean"], color=colour, linewidth=1, label=method)
         for _, row in plain.iterrows():
             axes.plot(row["bytes"], row["mean"], marker=MARKERS[row["storage"]], color=colour, markersize=7)
-        for _, row in group[group["rounding"] != ""].iterrows():
+        for _, row in group[(group["later_epochs"] > 0) & (group["storage"] != "float32")].iterrows():
             axes.plot(
                 row["bytes"], row["mean"], marker=MARKERS[row["storage"]], color=colour, markersize=9, fillstyle="none"
             )

@@ -18,11 +18,10 @@ from fact_peft.storage.packing import pack, unpack
 from fact_peft.tuner.config import bits_of
 
 AS_TRAINED, ORTHOGONALIZED = "as trained", "orthogonalized"
-SMALLEST_HEAD = "int8"
 
 
 @torch.no_grad()
-def store_fact(model: PeftModel, storage: str, form: str) -> dict[str, Any]:
+def store_fact(model: PeftModel, storage: str, head_storage: str, form: str) -> dict[str, Any]:
     """Round a FacT adapter in place as it is stored, its factors written in a form, and say what it takes.
 
     Returns:
@@ -37,7 +36,7 @@ def store_fact(model: PeftModel, storage: str, form: str) -> dict[str, Any]:
             written = decomposition.orthogonalized(before) if form == ORTHOGONALIZED else before
             for letter, factor in factors.items():
                 factor.copy_(unpack(pack(written[letter], bits)))
-    quantize_adapter(model, storage)
+    quantize_adapter(model, storage, head_storage)
     zeros = [{**factors, "U": torch.zeros_like(factors["U"])} for factors in exact]
     changed = sum(
         decomposition.distance(before, {letter: factor.double() for letter, factor in factors.items()}) ** 2
@@ -56,13 +55,14 @@ def bytes_of_saved(model: PeftModel) -> dict[str, int]:
 
 
 @torch.no_grad()
-def store_other(model: nn.Module, heads: list[str], storage: str) -> dict[str, Any]:
+def store_other(model: nn.Module, heads: list[str], storage: str, head_storage: str) -> dict[str, Any]:
     """The same for another method, whose head and numbers are packed as FacT's are; vectors too."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved: dict[str, Tensor] = {}
     for name, parameter in trained.items():
-        bits = bits_of(SMALLEST_HEAD if bits_of(storage) and is_head(name, heads) else storage)
-        stored = pack(parameter, bits) if bits else parameter.to("cpu", getattr(torch, storage))
+        wanted = head_storage if is_head(name, heads) else storage
+        bits = bits_of(wanted)
+        stored = pack(parameter, bits) if bits else parameter.to("cpu", getattr(torch, wanted))
         parameter.copy_(unpack(stored) if bits else stored)
         saved[name.replace(".default", "").replace("modules_to_save.", "")] = stored  # as PEFT names them
     with tempfile.TemporaryDirectory() as folder:

@@ -45,7 +45,8 @@ def continued(
     protocol: Protocol,
     start: Path,
     file: Path,
-    storage: str | None,
+    storage: str,
+    head_storage: str,
 ) -> tuple[nn.Module, list[str]]:
     """As `trained`, for a few more epochs from what `start` holds, with straight-through rounding to a storage.
 
@@ -57,7 +58,8 @@ def continued(
         protocol: These epochs, and the batch size.
         start: What was trained before.
         file: Where the outcome is kept.
-        storage: What to round to; None for no rounding, to tell it from more training.
+        storage: Of the factors, as in `FacTConfig`; float32 rounds nothing, to tell rounding from more training.
+        head_storage: Of the head.
     """
 
     def fit(model: nn.Module, heads: list[str]) -> None:
@@ -66,8 +68,7 @@ def continued(
         late = [{**group, "lr": LATE * group["lr"]} for group in parameters]
 
         def begin(optimizer: torch.optim.Optimizer) -> None:
-            if storage is not None:
-                StraightThrough(model, optimizer, storage)
+            StraightThrough(model, optimizer, storage, head_storage)
 
         train(backbone, model, late, task.train, protocol, begin)
 
