@@ -23,7 +23,8 @@ from fact_peft.tuner.config import STORAGES
 
 COMMAND = "python -m benchmarks.bytes.storage_sizes"
 NUM_LABELS = 100
-METHODS = [("tt", 4), ("tt", 8), ("tt", 16), ("tk", 8), ("tk", 16)]
+METHODS = [("tt", 4), ("tt", 8), ("tk", 16)]
+WAYS = [*((storage, None) for storage in STORAGES), ("int4", "int4"), ("int2", "int2")]  # of factors and head
 
 
 def adapted(decomposition: str, rank: int, num_labels: int) -> PeftModel:
@@ -40,8 +41,7 @@ def adapted(decomposition: str, rank: int, num_labels: int) -> PeftModel:
     return model
 
 
-def measure(model: PeftModel, storage: str) -> TaskBytes:
-    model.peft_config["default"].storage = storage
+def measure(model: PeftModel) -> TaskBytes:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return task_bytes(Path(folder))
@@ -50,11 +50,12 @@ def measure(model: PeftModel, storage: str) -> TaskBytes:
 def rows() -> Iterator[list[str]]:
     for decomposition, rank in METHODS:
         model = adapted(decomposition, rank, NUM_LABELS)
-        for storage in STORAGES:
-            taken = measure(model, storage)
+        config = model.peft_config["default"]
+        for config.storage, config.head_storage in WAYS:
+            taken = measure(model)
             parts = (taken.factors, taken.others, taken.header + taken.config, taken.total)
-            head = model.peft_config["default"].storage_of_heads
-            yield [f"FacT-{decomposition.upper()} r={rank}", storage, str(head), *(f"{part:,}" for part in parts)]
+            name = f"FacT-{decomposition.upper()} r={rank}"
+            yield [name, str(config.storage), str(config.storage_of_heads), *(f"{part:,}" for part in parts)]
 
 
 def main() -> None:

@@ -60,8 +60,8 @@ class StraightThrough:
         optimizer = getattr(optimizer, "optimizer", optimizer)
         bits = bits_of(storage)
         with torch.no_grad():
-            for factors in stacks if bits else []:
-                form = before_rounding(config, factors, bits)
+            for factors in stacks:
+                form = before_rounding(config, factors, bits) if bits else factors
                 for letter, parameter in factors.items():
                     changed = form[letter].to(parameter)
                     if not torch.equal(changed, parameter):

@@ -26,7 +26,9 @@ class FacTHead(ModulesToSaveWrapper):
 
     fact_config: dict[str, FacTConfig]
 
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapter_state_dict(  # type: ignore[override]  # as ModulesToSaveWrapper has it
+        self, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The tensors of an adapter's head as they are saved."""
         tensors = super().adapter_state_dict(adapter_name, state_dict)
         config = self.fact_config.get(adapter_name)  # none of an adapter of another method
@@ -56,7 +58,7 @@ def adopt_heads(model: nn.Module, adapter_name: str, config: FacTConfig) -> None
     for module in model.modules():
         if type(module) is ModulesToSaveWrapper:
             module.__class__ = FacTHead
-            module.fact_config = {}
+            vars(module)["fact_config"] = {}
         if isinstance(module, FacTHead):
             module.fact_config[adapter_name] = config
 

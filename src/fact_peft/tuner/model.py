@@ -68,14 +68,15 @@ class FacTModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             check_not_merged(model, adapter_name, "replaced")
-            self.peft_config[adapter_name], self._plan = resolve(asked, model)
+            settled, self._plan = resolve(asked, model)
+            self.peft_config[adapter_name] = settled
         except Exception:
             self._restore_config(adapter_name)
             raise
         self._forget(adapter_name)
         open_attentions(model, self._plan)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        adopt_heads(model, adapter_name, self.peft_config[adapter_name])
+        adopt_heads(model, adapter_name, settled)
         if adapter_name in self.active_adapters:
             for wrapper in self._heads():  # PEFT activates a new head only where there was none
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
