@@ -200,6 +200,8 @@ def test_every_loader_gives_the_same_numbers_and_saving_again_the_same_bytes(sto
     by_name = make_backbone("vit")
     by_name.load_adapter(str(tmp_path / "a"))
     assert torch.equal(scores(by_name), expected)
+    by_name.save_pretrained(tmp_path / "c")
+    assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "c" / FILE).read_bytes()
     given = make_backbone("vit")
     given.load_adapter(
         peft_config=FacTConfig.from_pretrained(tmp_path / "a"), adapter_state_dict=load_file(tmp_path / "a" / FILE)

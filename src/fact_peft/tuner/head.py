@@ -58,7 +58,7 @@ def adopt_heads(model: nn.Module, adapter_name: str, config: FacTConfig) -> None
     for module in model.modules():
         if type(module) is ModulesToSaveWrapper:
             module.__class__ = FacTHead
-            vars(module)["fact_config"] = {}
+            module.fact_config = {}  # type: ignore[assignment]
         if isinstance(module, FacTHead):
             module.fact_config[adapter_name] = config
 
