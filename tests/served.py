@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
@@ -21,9 +22,10 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from fact_peft import FacTConfig
 
+T = TypeVar("T")
 SERVE = Path(__file__).parents[1] / "examples" / "serving" / "serve.py"
 LABELS = {"fruit": ["apple", "pear", "plum"], "sky": ["clear", "cloudy"]}
-START = 180  # seconds for Ray and two replicas on a busy machine
+PATIENCE = 600  # seconds after which what is waited for hangs; on a busy machine Ray alone took 200 to start
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Served:
         if isinstance(body, dict):
             body, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
         try:
-            with urlopen(Request(self.url + path, body, headers, method=method), timeout=60) as answer:
+            with urlopen(Request(self.url + path, body, headers, method=method), timeout=PATIENCE) as answer:
                 text = answer.read().decode()
                 return Answer(answer.status, json.loads(text) if "json" in answer.headers["Content-Type"] else text)
         except HTTPError as error:
@@ -98,11 +100,11 @@ def serve(folder: Path, token: str) -> Iterator[Served]:
             start_new_session=True,
         )
         try:
-            wait_for(lambda: "Serving on" in (folder / "log.txt").read_text() or process.poll() is not None, START)
+            wait_for(lambda: "Serving on" in (folder / "log.txt").read_text() or process.poll() is not None)
             assert process.poll() is None, (folder / "log.txt").read_text()[-5000:]
             yield Served(f"http://127.0.0.1:{port}", folder, process)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0, (folder / "log.txt").read_text()[-5000:]
+            assert process.wait(PATIENCE) == 0, (folder / "log.txt").read_text()[-5000:]
         finally:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -110,8 +112,10 @@ def serve(folder: Path, token: str) -> Iterator[Served]:
                 pass
 
 
-def wait_for(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain"
+def wait_for(condition: Callable[[], T]) -> T:
+    """What the condition gives once it holds."""
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < end, f"waited {PATIENCE} s in vain"
         time.sleep(0.2)
+    return found

@@ -31,9 +31,10 @@ from benchmarks.frontier.bottlenecks import SCALE, Bottlenecks
 from benchmarks.frontier.bytes.report import WAY
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.prompts import DeepPrompts
-from benchmarks.frontier.report import chosen, fixed, means, panels
+from benchmarks.frontier.report import best_rates, chosen, fixed, means, panels, read
 from benchmarks.frontier.search import is_head
-from benchmarks.frontier.tasks import Labelled, kinds, read_task, task_names
+from benchmarks.frontier.shots import few
+from benchmarks.frontier.tasks import Labelled, Task, kinds, read_task, task_names
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("factors", "others", "header", "config")  # of the bytes of a task
@@ -307,3 +308,38 @@ def test_by_bytes_one_training_is_stored_in_every_way_and_measured_once(folder, 
     assert trained == {file.name: file.stat().st_mtime_ns for file in (folder / "outputs").rglob("*.safetensors")}
     again = [*json.loads((output / "own.json").read_text()), *json.loads((output / "dtd10.json").read_text())]
     assert again == records
+
+
+def test_a_task_is_cut_to_so_many_images_a_class():
+    labels = torch.tensor([0, 1, 2] * 4 + [0])
+    train = Labelled(torch.arange(13, dtype=torch.uint8), labels)
+    more = Labelled(torch.tensor([100], dtype=torch.uint8), torch.tensor([1]))
+    task = Task(train, NONE, NONE, 3)
+    for shots in (1, 4, 5):
+        cut = few(task, more, shots, seed=0)
+        assert torch.bincount(cut.train.labels).tolist() == [min(shots, 5), min(shots, 5), min(shots, 4)]
+        assert all(image == 100 or labels[int(image)] == label for image, label in zip(*cut.train, strict=True))
+    assert 100 in few(task, more, 5, seed=0).train.images
+    assert not torch.equal(few(task, more, 4, 0).train.images, few(task, more, 4, 1).train.images)
+
+
+def test_few_shot_runs_at_the_rates_chosen_elsewhere(folder, run_module):
+    common = ["--backbone", folder / "backbone", "--data", folder / "tasks", "--image_size", SIZE, "--batch_size", 6]
+    common += ["--epochs", 1, "--methods", "linear probe", "FacT-TT r=1"]
+    searched, shots = folder / "searched", folder / "shots"
+    run_module("benchmarks.frontier", *common, "--trials", 2, "--tasks", "own", "--output", searched)
+    page = folder / "page.md"
+    marker = f"python -m benchmarks.frontier.shots --output {shots}"
+    page.write_text(f"<!-- begin: {marker} -->\n<!-- end: {marker} -->\n")
+    more = ["--tasks", "dtd10", "--shots", 1, 2, "--num_seeds", 2, "--rates", searched, "--choose_on", "own"]
+    run_module("benchmarks.frontier.shots", *common, *more, "--output", shots, "--write", page)
+    assert "| method | parameters | 1 | 2 |" in page.read_text() and "| FacT-TT r=1 | 88 |" in page.read_text()
+    rates = best_rates(read(searched), ["own"])
+    for number in (1, 2):
+        records = json.loads((shots / f"dtd10.{number}.json").read_text())
+        settings = [record["setting"] for record in records]
+        assert [setting["sizes"] for setting in settings] == [[3 * number, 6, 9]] * 4
+        assert {setting["method"]: setting["learning_rate"] for setting in settings} == rates
+    assert (shots / "shots.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="has no learning rate of BitFit"):
+        run_module("benchmarks.frontier.shots", *common[:-3], "--methods", "BitFit", *more, "--output", shots)

@@ -15,11 +15,19 @@ def test_it_measures_what_is_missing_and_nothing_else(run_module, monkeypatch, t
     file = tmp_path / "many_adapters.json"
     arguments = ("--quick", "--threads", "1", "--results", str(file))
     first = run_module("benchmarks.many_adapters", *arguments)
-    for row in ("FacT, 1", "FacT, 4", "FacT, 4, ranks 4 8 16", "AdapterPool, 4", "LoRA, 4", "PEFT, LoRA"):
+    for row in (
+        "FacT, 1",
+        "FacT, 4",
+        "FacT, 4, ranks 4 8 16",
+        "AdapterPool, 4",
+        "LoRA, 4",
+        "a step of all tasks",
+        "PEFT, LoRA",
+    ):
         assert f"| {row} |" in first
     assert file.with_suffix(".png").stat().st_size > 5000
     records = file.read_text()
-    assert len(json.loads(records)) == 7 + 2
+    assert len(json.loads(records)) == 7 + 5 + 2
     assert run_module("benchmarks.many_adapters", *arguments) == first and file.read_text() == records
 
 

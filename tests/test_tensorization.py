@@ -1,6 +1,6 @@
 """Slices and layouts: the algebra on names and shapes."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fact_peft.method.tensorization import describe_layout, read_layout, slice_shape, stack_sizes, tensorize
@@ -9,8 +9,10 @@ sides = st.integers(1, 40)
 shapes = st.dictionaries(
     st.from_regex(r"[a-c](\.[0-3]\.[a-c]){0,2}", fullmatch=True), st.tuples(sides, sides), min_size=1, max_size=12
 )
+in_any_time = settings(deadline=None)  # a busy machine may stop a process for longer than hypothesis allows
 
 
+@in_any_time
 @given(shapes)
 def test_slices_tile_every_layer(linear_shapes):
     for name, slices in tensorize(linear_shapes).items():
@@ -18,6 +20,7 @@ def test_slices_tile_every_layer(linear_shapes):
         assert slices.count * slices.in_width * slices.out_width == slices.in_features * slices.out_features
 
 
+@in_any_time
 @given(shapes)
 def test_slices_fill_every_stack_without_gap_or_overlap(linear_shapes):
     slices = tensorize(linear_shapes)
@@ -29,6 +32,7 @@ def test_slices_fill_every_stack_without_gap_or_overlap(linear_shapes):
     }
 
 
+@in_any_time
 @given(shapes)
 def test_slices_are_square_exactly_where_the_sides_divide(linear_shapes):
     for in_features, out_features in linear_shapes.values():
@@ -37,11 +41,13 @@ def test_slices_are_square_exactly_where_the_sides_divide(linear_shapes):
         assert (in_width == out_width) == (long % short == 0)
 
 
+@in_any_time
 @given(shapes, shapes)
 def test_layouts_are_equal_only_for_equal_layers(one, other):
     assert (describe_layout(one) == describe_layout(other)) == (list(one.items()) == list(other.items()))
 
 
+@in_any_time
 @given(shapes)
 def test_a_layout_is_read_back_in_order(linear_shapes):
     assert list(read_layout(describe_layout(linear_shapes)).items()) == list(linear_shapes.items())

@@ -32,10 +32,8 @@ from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.plot import plot
 from benchmarks.frontier.report import chosen, fixed, panels, read, report
 from benchmarks.frontier.search import Measurements, Protocol
-from benchmarks.frontier.tasks import KINDS, kinds, read_task, task_names
+from benchmarks.frontier.tasks import CACHE, KINDS, kinds, read_task, task_names
 from benchmarks.reporting.markdown import write_generated
-
-CACHE = Path("outputs") / "frontier" / "images"
 
 
 def measure(args: argparse.Namespace) -> None:

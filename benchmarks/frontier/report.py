@@ -73,18 +73,20 @@ def chosen(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.merge(best[["task", "method", "learning_rate"]])
 
 
-def fixed(runs: pd.DataFrame, choosing: list[str]) -> pd.DataFrame:
-    """Of every method the runs on the tasks that had no part in choosing its learning rate.
-
-    The rate is the one of the best mean validation accuracy on `choosing`, of those tried on all of them.
-    """
+def best_rates(runs: pd.DataFrame, choosing: list[str]) -> dict[str, float]:
+    """Of every method the learning rate of the best mean validation accuracy on `choosing`, of those run on all."""
     tried = runs[(runs["seed"] == SEARCH_SEED) & runs["task"].isin(choosing)]
     means = tried.pivot_table(index=["method", "learning_rate"], columns="task", values="val_accuracy").dropna()
     if means.empty or len(means.columns) < len(choosing):
-        return runs.iloc[:0]
-    best = means.mean(axis=1).rename("val").reset_index()
-    best = best.loc[best.groupby("method")["val"].idxmax()]
-    return runs[~runs["task"].isin(choosing)].merge(best[["method", "learning_rate"]])
+        return {}
+    best = means.mean(axis=1).groupby("method").idxmax()
+    return {method: rate for method, rate in best}
+
+
+def fixed(runs: pd.DataFrame, choosing: list[str]) -> pd.DataFrame:
+    """Of every method the runs at its `best_rates`, on the tasks that had no part in choosing it."""
+    best = pd.DataFrame(best_rates(runs, choosing).items(), columns=["method", "learning_rate"])
+    return runs[~runs["task"].isin(choosing)].merge(best)
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from datasets import ClassLabel, Features
 from PIL import Image
 from torch import Tensor
 
+CACHE = Path("outputs") / "frontier" / "images"  # of decoded images
 SPLITS = ("train", "val", "test")
 GROUPS = ("natural", "specialised", "structured")  # the kinds of VTAB
 # Of the tasks at hand; kinds.json in the folder of the tasks, {name: kind}, adds to these and goes before them.

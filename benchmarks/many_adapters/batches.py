@@ -1,8 +1,5 @@
 """What is timed: a batch whose images have one, eight or as many different adapters as images."""
 
-import gc
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +10,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_di
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from benchmarks.reporting.timing import time_in_turns
 from fact_peft import AdapterPool, FacTConfig
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
@@ -104,25 +102,8 @@ def rows_of(shape: Shape) -> dict[str, Callable[[], Any]]:
 
 @torch.no_grad()
 def time_batches(shape: Shape, rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds and ratio to the reference of every row, measured in turns after one round for nothing."""
+    """What `time_in_turns` says of every row, after one round for nothing."""
     rows = rows_of(shape)
-    seconds: dict[str, list[float]] = {row: [] for row in rows}
-    for _ in range(rounds + 1):
-        for row, run in rows.items():
-            gc.collect()
-            started = time.perf_counter()
-            run()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            seconds[row].append(time.perf_counter() - started)
-    measured = {}
-    for row, taken in seconds.items():
-        ratios = [a / b for a, b in zip(taken[1:], seconds[REFERENCE][1:], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        measured[row] = {
-            "seconds": statistics.median(taken[1:]),
-            "ratio": statistics.median(ratios),
-            "ratio_quartiles": [low, high],
-            "rounds": rounds,
-        }
-    return measured
+    for run in rows.values():
+        run()
+    return time_in_turns(rows, REFERENCE, rounds)

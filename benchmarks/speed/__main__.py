@@ -45,7 +45,7 @@ from benchmarks.speed.steps import (
     Shape,
     peak_memory,
     peak_memory_alone,
-    time_in_turns,
+    time_methods,
 )
 
 COMMAND = "python -m benchmarks.speed"
@@ -69,7 +69,7 @@ def measure(
         if all(results.find(**setting(table, method, at)) is not None for method in methods):
             return
         print(f"{table}: {at}", file=sys.stderr)
-        for method, measured in time_in_turns(methods, at, training, compiled, rounds).items():
+        for method, measured in time_methods(methods, at, training, compiled, rounds).items():
             results.add(setting(table, method, at), measured)
         gc.collect()
 

@@ -2,10 +2,8 @@
 
 import gc
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from benchmarks.reporting.timing import time_in_turns
 from fact_peft import FacTConfig
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
@@ -132,48 +131,17 @@ def work(model: nn.Module, shape: Shape, training: bool) -> Callable[[], None]:
     return step
 
 
-def seconds(function: Callable[[], None]) -> float:
-    """Of the process on a CPU; of the clock, with everything queued done, on a GPU."""
-    if DEVICE == "cpu":
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def time_in_turns(
+def time_methods(
     methods: Iterable[str], shape: Shape, training: bool, compiled: bool, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of every method in every round, as median, and their ratios to the first one's, as quartiles."""
+    """What `time_in_turns` says of every method, with ratios to the first one's."""
     functions = {}
     for method in methods:
         model = build(method, shape)
         functions[method] = work(torch.compile(model) if compiled else model, shape, training)
         for _ in range(2):  # memory is allocated and graphs are compiled
             functions[method]()
-    times: dict[str, list[float]] = {method: [] for method in functions}
-    for done in range(rounds):
-        for method, function in functions.items():
-            times[method].append(seconds(function))
-        print(f"round {done + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
-    floor = next(iter(times.values()))
-    measured = {}
-    for method, values in times.items():
-        ratios = [value / base for value, base in zip(values, floor, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        measured[method] = {
-            "seconds": statistics.median(values),
-            "fastest": min(values),
-            "ratio": middle,
-            "ratio_quartiles": [low, high],
-            "ratio_fastest": min(values) / min(floor),
-            "rounds": rounds,
-        }
-    return measured
+    return time_in_turns(functions, next(iter(functions)), rounds)
 
 
 def peak_memory(method: str, shape: Shape) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from .converters.conversion import convert_checkpoint, convert_from
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
+from .operations.parameter_groups import parameter_groups
 from .operations.quantization import quantize_adapter
 from .operations.straight_through import StraightThrough, StraightThroughCallback
 from .serving.pool import AdapterPool
@@ -27,6 +28,7 @@ __all__ = [
     "convert_to_lora",
     "hotswap_adapter",
     "load_image_classifier",
+    "parameter_groups",
     "push_image_classifier",
     "quantize_adapter",
     "save_as_lora",

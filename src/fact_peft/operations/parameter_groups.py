@@ -1,0 +1,58 @@
+"""The trained parameters as groups for an optimizer, each with a learning rate of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from ..tuner.factors import FacTStack
+
+SHARED = ("fact_U", "fact_V")
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, *, shared_lr_ratio: float = 0.25, head_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """What an adapted model trains, for an optimizer: ``torch.optim.AdamW(parameter_groups(model, 4e-3))``.
+
+    U and V are shared by all slices, so that one step of them moves every increment at once; a core moves one, and may
+    go faster. Four times as fast gained 1 point on the toy tasks of benchmarks/frontier/toy from the authors' start.
+    From the orthogonal start at a scale of 32 / r that ratio is in the scale already: pass 1 for it.
+
+    Args:
+        model: An adapted model, or one in which FacT was injected; before or after it was wrapped for several GPUs by
+            anything that keeps its parameters.
+        lr: Learning rate of the cores.
+        shared_lr_ratio: Learning rate of U and V, in units of `lr`.
+        head_lr: Learning rate of all else that is trained, such as the classifier; None: `lr`.
+
+    Returns:
+        Groups with the keys ``params``, ``lr`` and ``name`` (``"shared"``, ``"cores"``, ``"rest"``); none is empty.
+
+    Raises:
+        ValueError: If a rate or the ratio is not positive and finite, or if the model trains no factor.
+    """
+    rest_lr = lr if head_lr is None else head_lr
+    for name, value in (("lr", lr), ("shared_lr_ratio", shared_lr_ratio), ("head_lr", rest_lr)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value!r} is not a positive number; pass one such as lr=4e-3.")
+    kinds = {
+        id(factor): "shared" if kind in SHARED else "cores"
+        for stack in model.modules()
+        if isinstance(stack, FacTStack)
+        for kind in stack.adapter_layer_names
+        for factor in getattr(stack, kind).values()
+    }
+    rates = {"shared": lr * shared_lr_ratio, "cores": lr, "rest": rest_lr}
+    groups: dict[str, dict[str, Any]] = {name: {"params": [], "lr": rate, "name": name} for name, rate in rates.items()}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[kinds.get(id(parameter), "rest")]["params"].append(parameter)
+    if not groups["shared"]["params"]:
+        raise ValueError(
+            f"{type(model).__name__} trains no factor of FacT; pass the adapted model, with an adapter that is active "
+            "and not in inference mode."
+        )
+    return [group for group in groups.values() if group["params"]]
