@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.frontier.bytes.storing import AS_TRAINED
+from benchmarks.frontier.report import frontier
 from benchmarks.reporting.markdown import table
 from benchmarks.reporting.results import Results
 
@@ -101,22 +102,28 @@ def number(value: float | None, form: str) -> str:
 
 
 def plot(runs: pd.DataFrame, file: Path) -> None:
-    """Mean accuracy against bytes a task: a line for every method, a marker for every storage.
+    """Mean accuracy against bytes a task: a colour for every method, a marker for every storage of its numbers.
 
-    Rounded as trained; hollow with straight-through rounding.
+    Rounded as trained; hollow with straight-through rounding. The line is what FacT, without that, reaches with at most
+    so many bytes.
     """
     matplotlib.use("Agg")
     rows = summary(runs).dropna(subset=["mean"])
     figure, axes = plt.subplots(figsize=(8, 5.5))
     for colour, (method, group) in zip(plt.get_cmap("tab10").colors, rows.groupby("method", sort=False), strict=False):
-        plain = group[(group["later_epochs"] == 0) & (group["form"] == AS_TRAINED)].sort_values("bytes")
-        axes.plot(plain["bytes"], plain["mean"], color=colour, linewidth=1, label=method)
+        plain = group[(group["later_epochs"] == 0) & (group["form"] == AS_TRAINED)]
+        axes.plot([], [], color=colour, linestyle="", marker=".", markersize=14, label=method)
         for _, row in plain.iterrows():
             axes.plot(row["bytes"], row["mean"], marker=MARKERS[row["storage"]], color=colour, markersize=7)
         for _, row in group[(group["later_epochs"] > 0) & (group["storage"] != "float32")].iterrows():
             axes.plot(
                 row["bytes"], row["mean"], marker=MARKERS[row["storage"]], color=colour, markersize=9, fillstyle="none"
             )
+    ours = rows[(rows["later_epochs"] == 0) & (rows["form"] == AS_TRAINED) & rows["method"].str.startswith("FacT")]
+    best = frontier(zip(ours["bytes"], ours["mean"], strict=True))
+    if best:
+        sizes, accuracies = zip(*[*best, (rows["bytes"].max(), best[-1][1])], strict=True)
+        axes.step(sizes, accuracies, where="post", color="black", linewidth=1, zorder=0, label="best of FacT")
     for storage, marker in MARKERS.items():
         axes.plot([], [], color="grey", linestyle="", marker=marker, label=storage)
     axes.plot([], [], color="grey", linestyle="", marker="o", fillstyle="none", label="hollow: straight-through")
