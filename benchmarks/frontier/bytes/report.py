@@ -83,7 +83,7 @@ def report(runs: pd.DataFrame) -> str:
                     "change of dW, %",
                     *tasks,
                     "mean",
-                    "points lost to rounding",
+                    "to float32",
                 ],
                 rows,
             ),
