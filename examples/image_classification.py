@@ -10,6 +10,8 @@ The defaults are the paper's recipe (AdamW at 1e-3, weight decay 1e-4, batches o
 decay after 10 epochs of warm-up, dropout 0.1 on the factors, drop-path 0.1 where the model has it). Every option of
 transformers' TrainingArguments works: --bf16, --gradient_checkpointing, --report_to tensorboard, --push_to_hub ...
 
+With --storage int8 (or int4 --straight_through 10) factors and head are saved in 8 (4) bits, see docs/bytes.md.
+
 The checkpoint with the best validation accuracy is kept; the test split, if there is one, is looked at once, at the
 end. The output folder then holds the adapter with head, labels and image processor, which
 ``fact_peft.load_image_classifier`` loads in one call, a model card, and picture.png: the curves, and where the adapter
@@ -62,7 +64,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fact_peft import FacTConfig, load_image_classifier, push_image_classifier
+from fact_peft import (
+    FacTConfig,
+    StraightThroughCallback,
+    load_image_classifier,
+    push_image_classifier,
+    quantize_adapter,
+)
 from fact_peft.operations.inspection import increment_norms, plot_increments, read_adapter
 from fact_peft.sharing.card import copy_model_card, write_model_card
 from fact_peft.storage.replacing import replace_files
@@ -102,6 +110,15 @@ class Arguments:
         metadata={"help": "Start from orthonormal U and V and zero cores; meant for scales around 32 / rank."},
     )
     fact_dropout: float = field(default=0.1, metadata={"help": "Dropout on the factors."})
+    storage: str | None = field(
+        default=None, metadata={"help": "Save factors in float16, bfloat16, int8, int4 or int2; tested so too."}
+    )
+    head_storage: str | None = field(
+        default=None, metadata={"help": "The same for the head. Default: as --storage, but in no less than int8."}
+    )
+    straight_through: float | None = field(
+        default=None, metadata={"help": "Train so many of the last epochs with rounded numbers; for int4 and int2."}
+    )
     drop_path: float = field(default=0.1, metadata={"help": "Rate of dropped residual branches, where supported."})
 
 
@@ -384,6 +401,9 @@ def fit(args: Arguments, training: Recipe, scale: float, labels: list[str], data
     checkpoints = WholeCheckpoints(json.loads(json.dumps(setting)))
     resume_from = checkpoints.last(training.output_dir)
     set_seed(training.seed)
+    callbacks: list[TrainerCallback] = [checkpoints]
+    if args.storage and args.straight_through:
+        callbacks.append(StraightThroughCallback(args.storage, args.head_storage, args.straight_through))
     trainer = Trainer(
         make_model(args, scale, labels, training.seed),
         training,
@@ -392,10 +412,19 @@ def fit(args: Arguments, training: Recipe, scale: float, labels: list[str], data
         eval_dataset=data["validation"],
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
-        callbacks=[checkpoints],
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=resume_from)
     return trainer
+
+
+def store_in(trainer: Trainer, storage: str, head_storage: str | None) -> None:
+    """Have the adapter be saved in few bits, and be tested as it will be, unless processes hold parts of it."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        config = trainer.model.peft_config["default"]
+        config.storage, config.head_storage = storage, head_storage
+    else:
+        quantize_adapter(trainer.model, storage, head_storage)
 
 
 def draw(trainer: Trainer, folder: Path) -> None:
@@ -457,6 +486,8 @@ def main() -> None:
         if best is None or trainer.state.best_metric > best.state.best_metric:
             best = trainer
     assert best is not None
+    if args.storage:
+        store_in(best, args.storage, args.head_storage)
     metrics = {"validation accuracy": best.state.best_metric}
     if "test" in data:
         metrics["test accuracy"] = best.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]

@@ -28,6 +28,7 @@ from transformers import (
 from benchmarks.frontier import tasks
 from benchmarks.frontier.backbones import load
 from benchmarks.frontier.bottlenecks import SCALE, Bottlenecks
+from benchmarks.frontier.bytes.report import WAY
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.prompts import DeepPrompts
 from benchmarks.frontier.report import best_rates, chosen, fixed, means, panels, read
@@ -36,6 +37,7 @@ from benchmarks.frontier.shots import few
 from benchmarks.frontier.tasks import Labelled, Task, kinds, read_task, task_names
 
 ROOT = Path(__file__).parents[1]
+PARTS = ("factors", "others", "header", "config")  # of the bytes of a task
 SIZE = 28  # four patches, where the backbone was made for nine
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 NONE = Labelled(torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8), torch.empty(0, dtype=torch.long))
@@ -272,6 +274,40 @@ def test_the_command_measures_what_is_missing_and_writes_tables_and_plot(folder)
     assert "dtd10, own; test accuracy in % on the other tasks" in text
     assert (output / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "seed 0" not in call()
+
+
+def test_by_bytes_one_training_is_stored_in_every_way_and_measured_once(folder, run_module, monkeypatch):
+    output, page = folder / "results", folder / "page.md"
+    marker = f"python -m benchmarks.frontier.bytes --output {output}"
+    page.write_text(f"<!-- begin: {marker} -->\n<!-- end: {marker} -->\n")
+    monkeypatch.chdir(folder)  # where decoded images and what was trained are kept
+    command = ["benchmarks.frontier.bytes", "--backbone", folder / "backbone", "--data", folder / "tasks"]
+    command += ["--image_size", SIZE, "--epochs", 1, "--batch_size", 6, "--tasks", "dtd10", "own"]
+    command += ["--methods", "FacT-TT r=1", "LoRA r=1", "linear probe", "--straight_through", 1]
+    command += ["--output", output, "--write", page]
+    run_module(*command)
+    records = [*json.loads((output / "own.json").read_text()), *json.loads((output / "dtd10.json").read_text())]
+    ways = {tuple(record["setting"][key] for key in ("method", *WAY[1:])): record["measured"] for record in records}
+    assert len(ways) == 9 + 3 + 2 * 7 and len(records) == 2 * len(ways)
+    fact = {key[1:]: measured for key, measured in ways.items() if key[0] == "FacT-TT r=1"}
+    whole, few = (fact[storage, head, "as trained", 0] for storage, head in (("float32",) * 2, ("int4", "int4")))
+    assert few["factors"] < whole["factors"] / 3 and few["others"] < whole["others"] / 3  # 20 bytes a tensor beside
+    assert all(record["bytes"] == sum(record[part] for part in PARTS) for record in fact.values())
+    # Further epochs in 4 bits end at numbers that storing does not change; those that were trained in 32 bits do.
+    assert fact["int4", "int4", "as trained", 1]["error"] < 1e-4 and 1 < few["error"] < 50
+    lora = {key[1]: measured["bytes"] for key, measured in ways.items() if key[0] == "LoRA r=1"}
+    assert lora["int4"] < lora["int8"] < lora["float16"] < lora["float32"]
+    trained = {file.name: file.stat().st_mtime_ns for file in (folder / "outputs").rglob("*.safetensors")}
+    assert len(trained) == 2 * (3 + 3)
+
+    text = page.read_text()
+    assert "| FacT-TT r=1 | int4 | int4 | 1 more epoch, straight-through |" in text
+    assert "| linear probe | float16 | float16 |  |" in text
+    assert (output / "bytes.png").read_bytes().startswith(b"\x89PNG")
+    run_module(*command)
+    assert trained == {file.name: file.stat().st_mtime_ns for file in (folder / "outputs").rglob("*.safetensors")}
+    again = [*json.loads((output / "own.json").read_text()), *json.loads((output / "dtd10.json").read_text())]
+    assert again == records
 
 
 def test_a_task_is_cut_to_so_many_images_a_class():

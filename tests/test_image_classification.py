@@ -39,8 +39,10 @@ def offline_and_single_threaded(monkeypatch, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_without_arguments_for_data_it_leaves_a_ready_classifier(tmp_path, monkeypatch):
+@pytest.mark.parametrize("storage", [None, "int4"])
+def test_without_arguments_for_data_it_leaves_a_ready_classifier(storage, tmp_path, monkeypatch):
     options = ["--num_train_epochs", "3", "--orthogonal", "--scales", "1", "10", "--output_dir", "out"]
+    options += ["--storage", storage, "--straight_through", "1"] if storage else []
     done = subprocess.run(
         [sys.executable, script.__file__, *options], cwd=tmp_path, env=os.environ, capture_output=True, text=True
     )
@@ -51,6 +53,7 @@ def test_without_arguments_for_data_it_leaves_a_ready_classifier(tmp_path, monke
     config = json.loads((folder / "adapter_config.json").read_text())
     best = max(accuracies, key=lambda pair: float(pair[1]))  # the first of equals, as the script takes it
     assert (config["scale"], config["init_weights"]) == (float(best[0]), "orthogonal")
+    assert config.get("storage") == storage
     with PILImage.open(folder / "picture.png") as drawn:
         assert len(drawn.convert("RGB").getcolors(1 << 20)) > 100
     assert "import fact_peft" in (folder / "README.md").read_text()

@@ -81,37 +81,73 @@ def accuracy(backbone: Backbone, model: nn.Module, images: Labelled) -> float:
     return 100 * (predicted == images.labels).sum().item() / len(images.labels)
 
 
-def run(
-    backbone: Backbone, task: Task, method: Method, learning_rate: float, seed: int, protocol: Protocol
-) -> dict[str, Any]:
-    """Adapt the backbone with a fresh head: AdamW, a tenth of the steps warm-up, cosine decay."""
-    start = time.perf_counter()
+def adapted(backbone: Backbone, task: Task, method: Method, seed: int) -> tuple[nn.Module, list[str]]:
+    """The backbone with a fresh head, adapted, and the names of its heads as they were before."""
     set_seed(seed)
     model = backbone.build(task.num_labels)
     heads = find_classifiers(model)
-    model = method.adapt(model, task.train).to(DEVICE)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(groups(trained, heads, method, learning_rate), weight_decay=1e-4, fused=True)
-    images, labels = task.train
-    steps_per_epoch = math.ceil(len(labels) / protocol.batch_size)
+    return method.adapt(model, task.train).to(DEVICE), heads
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def train(
+    backbone: Backbone,
+    model: nn.Module,
+    parameters: list[dict],
+    images: Labelled,
+    protocol: Protocol,
+    begin: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
+) -> float:
+    """AdamW, a tenth of the steps warm-up, cosine decay.
+
+    Args:
+        backbone: What `model` was made from.
+        model: Left in evaluation mode.
+        parameters: With their learning rates, as `groups` gives them.
+        images: To train on.
+        protocol: Epochs and batch size.
+        begin: Called with the optimizer before the first step.
+
+    Returns:
+        The mean loss of the last epoch.
+    """
+    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-4, fused=True)
+    steps_per_epoch = math.ceil(len(images.labels) / protocol.batch_size)
     num_steps = protocol.epochs * steps_per_epoch
     schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps)
+    begin(optimizer)
     losses = []
     model.train()
     for _ in range(protocol.epochs):
-        for batch in torch.randperm(len(labels)).split(protocol.batch_size):
-            loss = nn.functional.cross_entropy(backbone.logits(model, images[batch]), labels[batch].to(DEVICE))
+        for batch in torch.randperm(len(images.labels)).split(protocol.batch_size):
+            pixels, labels = images[batch]
+            loss = nn.functional.cross_entropy(backbone.logits(model, pixels), labels.to(DEVICE))
             loss.backward()
             losses.append(loss.item())
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
     model.eval()
+    return sum(losses[-steps_per_epoch:]) / steps_per_epoch
+
+
+def run(
+    backbone: Backbone, task: Task, method: Method, learning_rate: float, seed: int, protocol: Protocol
+) -> dict[str, Any]:
+    """Adapt the backbone with a fresh head, train and test it."""
+    start = time.perf_counter()
+    model, heads = adapted(backbone, task, method, seed)
+    trained = trained_parameters(model)
+    loss = train(backbone, model, groups(trained, heads, method, learning_rate), task.train, protocol)
     return {
         "parameters": sum(parameter.numel() for name, parameter in trained.items() if not is_head(name, heads)),
         "val_accuracy": accuracy(backbone, model, task.val),
         "test_accuracy": accuracy(backbone, model, task.test),
-        "train_loss": sum(losses[-steps_per_epoch:]) / steps_per_epoch,
+        "train_loss": loss,
         "seconds": round(time.perf_counter() - start, 1),
     }
 

@@ -4,6 +4,8 @@ from .converters.conversion import convert_checkpoint, convert_from
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
 from .operations.parameter_groups import parameter_groups
+from .operations.quantization import quantize_adapter
+from .operations.straight_through import StraightThrough, StraightThroughCallback
 from .serving.pool import AdapterPool
 from .serving.prediction import Prediction
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
@@ -19,6 +21,8 @@ __all__ = [
     "FacTLinear",
     "FacTModel",
     "Prediction",
+    "StraightThrough",
+    "StraightThroughCallback",
     "convert_checkpoint",
     "convert_from",
     "convert_to_lora",
@@ -26,6 +30,7 @@ __all__ = [
     "load_image_classifier",
     "parameter_groups",
     "push_image_classifier",
+    "quantize_adapter",
     "save_as_lora",
     "save_image_classifier",
 ]

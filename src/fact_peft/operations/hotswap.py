@@ -55,7 +55,7 @@ def hotswap_adapter(
     if not isinstance(model, PeftModel):  # whose heads PEFT looks up by their names in the model
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
-    loaded.labels = saved.labels
+    loaded.labels, loaded.storage, loaded.head_storage = saved.labels, saved.storage, saved.head_storage
     for stack in model.modules():
         if isinstance(stack, FacTStack) and adapter_name in stack.fact_config:
             stack.fact_V[adapter_name].mul_(saved.scale / loaded.scale)

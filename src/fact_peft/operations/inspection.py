@@ -21,6 +21,7 @@ from ..storage.hub import is_hub_id
 from ..storage.quoting import for_terminal
 from ..tuner.config import FacTConfig
 from ..tuner.factors import FACTORS
+from ..tuner.stored import from_storage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,10 +84,14 @@ def read_adapter(adapter: str | Path, revision: str | None = None, token: str | 
 
 
 def split_tensors(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The factors by stack and paper letter, and all other tensors by name, of what an adapter is saved as."""
+    """The factors by stack and paper letter, and all other tensors by name, of what an adapter is saved as.
+
+    As floats, whatever they are stored in.
+    """
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     others = {}
-    for key, tensor in tensors:
+    for key, saved in tensors:
+        tensor = from_storage(key, saved)
         owner, _, name = key.rpartition(".")
         container, _, stack = owner.rpartition(".")
         if name.startswith("fact_") and container.rpartition(".")[2] == FACTORS:
@@ -94,6 +99,50 @@ def split_tensors(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, dict
         else:
             others[key.removeprefix("base_model.model.")] = tensor
     return dict(factors), others
+
+
+@dataclass(frozen=True)
+class TaskBytes:
+    """What a task takes on disk, in bytes: the files that an adapter is loaded from.
+
+    Attributes:
+        factors: Of the factors' numbers, scales included.
+        others: Of what is trained beside them, the head before all.
+        header: Of names and shapes in the safetensors file.
+        config: Of adapter_config.json.
+    """
+
+    factors: int
+    others: int
+    header: int
+    config: int
+
+    @property
+    def total(self) -> int:
+        return self.factors + self.others + self.header + self.config
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total:,}: {self.factors:,} factors, {self.others:,} head and others, {self.header:,} names, "
+            f"{self.config:,} config"
+        )
+
+
+def task_bytes(folder: Path) -> TaskBytes:
+    """What the adapter in a folder takes."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    factors = others = 0
+    for key, tensor in read_tensors(file):
+        if ".fact_" in key:
+            factors += tensor.nbytes
+        else:
+            others += tensor.nbytes
+    return TaskBytes(factors, others, file.stat().st_size - factors - others, (folder / CONFIG_NAME).stat().st_size)
+
+
+def storage_in_words(config: FacTConfig) -> str:
+    """In what the factors and the head of an adapter are saved."""
+    return f"{config.storage or 'as trained'}, head {config.storage_of_heads or 'as trained'}"
 
 
 def increment_norms(adapter: SavedAdapter) -> dict[str, float]:
@@ -118,7 +167,9 @@ def describe(adapter: SavedAdapter) -> str:
         f"base        {config.base_model_name_or_path or 'not recorded'}",
         f"parameters  {sum(sizes.values()):,} in the factors, "
         f"{sum(tensor.numel() for tensor in adapter.others.values()):,} in what is trained beside them",
+        f"storage     {storage_in_words(config)}",
         "bytes       " + ", ".join(f"{size:,} {name}" for name, size in files.items()),
+        f"a task      {task_bytes(adapter.folder)}",
     ]
     for stack, size in sizes.items():
         count = sum(slices.count for slices in adapter.slices.values() if slices.stack == stack)

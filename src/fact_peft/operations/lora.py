@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..architecture.multihead import IN_PROJ
 from ..storage.adapter_file import write_adapter
-from ..tuner.config import fact_config
+from ..tuner.config import fact_config, stored_as
 from ..tuner.layer import FacTLinear
 
 PREFIX = "base_model.model."
@@ -76,7 +76,8 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
         for name, layer in model.named_modules()
         if isinstance(layer, FacTLinear) and adapter_name in layer.fact_slices
     }
-    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    with stored_as(config, None):
+        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
     state_dict = {
         PREFIX + name.removeprefix(PREFIX): value for name, value in state_dict.items() if ".fact_" not in name
     }

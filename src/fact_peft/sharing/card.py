@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 
 from ..method.decomposition import DECOMPOSITIONS
+from ..operations.inspection import storage_in_words, task_bytes
+from ..storage.adapter_file import read_tensors
 from ..storage.hub import is_hub_id
 from ..storage.quoting import as_code, for_markdown, for_python
 from ..tuner.config import FacTConfig
+from ..tuner.stored import from_storage
 from .base_model import base_class
 
 BEGIN = "<!-- begin: written by fact_peft when the adapter is saved; what stands outside is kept -->"
@@ -101,6 +102,7 @@ def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, floa
     Names are those that a user, or somebody else, chose: each is quoted for where it stands.
     """
     in_factors, others = count_parameters(file)
+    taken = task_bytes(file.parent)
     heads = for_markdown(", ".join(config.modules_to_save or []))
     has_base = is_hub_id(config.base_model_name_or_path)
     base = f"[{config.base_model_name_or_path}](https://huggingface.co/{config.base_model_name_or_path})"
@@ -119,7 +121,9 @@ def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, floa
         f"| scale | {config.scale:g} |",
         f"| parameters of the factors | {in_factors:,} |",
         f"| other trained parameters{f' (head: {heads})' if heads else ''} | {others:,} |",
+        f"| stored as | {storage_in_words(config)} |",
         f"| bytes of {file.name} | {file.stat().st_size:,} |",
+        f"| bytes a task, head and config included | {taken.total:,} |",
         "",
     ]
     if config.labels:
@@ -171,12 +175,11 @@ def usage(config: FacTConfig, name: str, has_base: bool) -> list[str]:
 def count_parameters(file: Path) -> tuple[int, int]:
     """Numbers in an adapter file: (those of the factors, those of head and biases)."""
     in_factors = others = 0
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():
-            count = math.prod(tensors.get_slice(key).get_shape())
-            if ".fact_" in key:
-                in_factors += count
-            # With bias="all", PEFT saves the biases of the head again under the names they have inside its wrapper.
-            elif ".original_module." not in key and ".modules_to_save." not in key:
-                others += count
+    for key, tensor in read_tensors(file):
+        count = from_storage(key, tensor).numel()
+        if ".fact_" in key:
+            in_factors += count
+        # With bias="all", PEFT saves the biases of the head again under the names they have inside its wrapper.
+        elif ".original_module." not in key and ".modules_to_save." not in key:
+            others += count
     return in_factors, others

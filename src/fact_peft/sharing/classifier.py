@@ -16,7 +16,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from ..architecture.labels import label_settings
 from ..storage.hub import is_hub_id
 from ..storage.replacing import replacing_files
-from ..tuner.config import FacTConfig, fact_config
+from ..tuner.config import FacTConfig, fact_config, stored_as
 from .base_model import load_base
 from .card import check_metrics, copy_model_card, write_model_card
 
@@ -29,6 +29,8 @@ def save_image_classifier(
     folder: str | Path,
     metrics: dict[str, float] | None = None,
     base_model: str | None = None,
+    storage: str | None = None,
+    head_storage: str | None = None,
 ) -> None:
     """Save the active adapter of `model` with its head, labels, image processor and a model card.
 
@@ -42,6 +44,9 @@ def save_image_classifier(
         folder: Where to save. Of a model card that lies there, what a user wrote is kept.
         metrics: Results to list in the model card, such as ``{"accuracy": 0.93}``.
         base_model: Hub id of the base model, if it was not loaded by that.
+        storage: In what to store the factors, such as ``"int8"``, see `FacTConfig`; None: as the adapter's config says.
+            The model stays as it is: `quantize_adapter` rounds it, for metrics of what is saved.
+        head_storage: The same for the head; None: in no less than ``"int8"``.
 
     Raises:
         ValueError: If the active adapter of `model` is not a FacT adapter, there are several, a metric is no number, or
@@ -51,7 +56,7 @@ def save_image_classifier(
     check_metrics(metrics)
     active_config(model)
     with replacing_files(folder) as incoming:
-        save_files(model, image_processor, incoming, base_model)
+        save_files(model, image_processor, incoming, base_model, storage, head_storage)
         copy_model_card(folder, incoming)
         write_model_card(incoming, folder.resolve().name, metrics)
 
@@ -101,6 +106,8 @@ def push_image_classifier(
     *,
     metrics: dict[str, float] | None = None,
     base_model: str | None = None,
+    storage: str | None = None,
+    head_storage: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     commit_message: str = "Upload FacT adapter",
@@ -113,6 +120,8 @@ def push_image_classifier(
         repo_id: Repository to upload to. Of a model card that is there, what a user wrote is kept.
         metrics: Results to list in the model card, such as ``{"accuracy": 0.93}``.
         base_model: Hub id of the base model, if it was not loaded by that.
+        storage: As for `save_image_classifier`.
+        head_storage: Likewise.
         private: Whether a new repository is private. None: as the owner's default is.
         token: Hub token.
         commit_message: Message of the commit.
@@ -131,7 +140,7 @@ def push_image_classifier(
         )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save_files(model, image_processor, folder, base)
+        save_files(model, image_processor, folder, base, storage, head_storage)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         try:
             shutil.copyfile(hf_hub_download(repo_id, "README.md", token=token), folder / "README.md")
@@ -141,13 +150,24 @@ def push_image_classifier(
         return upload_folder(repo_id=repo_id, folder_path=folder, token=token, commit_message=commit_message)
 
 
-def save_files(model: PeftModel, image_processor: BaseImageProcessor, folder: Path, base_model: str | None) -> None:
+def save_files(
+    model: PeftModel,
+    image_processor: BaseImageProcessor,
+    folder: Path,
+    base_model: str | None,
+    storage: str | None,
+    head_storage: str | None,
+) -> None:
     """Save the active adapter and the image processor into `folder` itself, and no model card.
 
     PEFT would write a card, with local paths in it, and put an adapter that is not called "default" into a subfolder.
     """
     adapter_name = model.active_adapter
-    with TemporaryDirectory() as temporary:
+    config = fact_config(model, adapter_name)
+    with (
+        TemporaryDirectory() as temporary,
+        stored_as(config, storage or config.storage, head_storage or config.head_storage),
+    ):
         model.save_pretrained(temporary, selected_adapters=[adapter_name])
         saved = Path(temporary, "" if adapter_name == "default" else adapter_name)
         if base_model:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -14,6 +15,9 @@ from torch import finfo, float32, nn
 
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import Slices, slices_of
+from ..storage.packing import WIDTHS
+
+STORAGES = ("float32", "float16", "bfloat16", *(f"int{bits}" for bits in WIDTHS))
 
 
 @dataclass
@@ -53,6 +57,10 @@ class FacTConfig(PeftConfig):
             a scale of 32 / rank, see benchmarks/frontier/toy/README.md. False: every factor random.
         labels: Class names in the order of the logits, saved with the adapter. None: what the model's
             ``config.id2label`` says, if a module of `modules_to_save` has so many outputs.
+        storage: In what the factors are saved: ``"float16"``, ``"bfloat16"``, ``"int8"``, ``"int4"``, ``"int2"``, or
+            ``"float32"``. Loaded they are floats again, with the numbers of the file. None: as they lie in the model.
+        head_storage: The same for `modules_to_save`. None: as `storage`, but in no less than ``"int8"``. What has one
+            dimension, such as a bias, is float16 where the rest is integers.
         layout: Which layer owns which slices. Settled when the adapter is created, saved with it, and compared with
             the model when the adapter is loaded; not for users to set.
 
@@ -112,6 +120,12 @@ class FacTConfig(PeftConfig):
             "help": "Class names in the order of the logits. None: those of the model's config, if its head fits."
         },
     )
+    storage: str | None = field(
+        default=None, metadata={"help": f"In what factors are saved: {', '.join(STORAGES)}. None: as they are."}
+    )
+    head_storage: str | None = field(
+        default=None, metadata={"help": "The same for modules_to_save. None: as storage, but in no less than int8."}
+    )
     layout: list[str] | None = field(
         default=None, metadata={"help": "Which layer owns which slices; settled when the adapter is created."}
     )
@@ -161,6 +175,7 @@ class FacTConfig(PeftConfig):
             not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels)
         ):
             raise ValueError(f"labels={self.labels!r} is not a list of strings; pass one class name per logit.")
+        self.check_storage()
         self._check_layer_selection()
         if self.layout is not None:
             if not isinstance(self.layout, list) or not all(isinstance(line, str) for line in self.layout):
@@ -175,7 +190,28 @@ class FacTConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: sets as sorted lists, so that equal configs make equal files."""
         fields = super().to_dict()
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+        # Unused ones are left out, since versions that do not know them warn of them.
+        unused = {name for name in ("storage", "head_storage") if fields[name] is None}
+        return {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in fields.items()
+            if name not in unused
+        }
+
+    def check_storage(self) -> None:
+        """Check `storage` and `head_storage`, which may be changed at any time.
+
+        Raises:
+            ValueError: If there is no such storage.
+        """
+        for name in ("storage", "head_storage"):
+            if getattr(self, name) is not None:
+                self._check_choice(name, STORAGES)
+
+    @property
+    def storage_of_heads(self) -> str | None:
+        """`head_storage`, or what it is by default."""
+        return self.head_storage or ("int8" if bits_of(self.storage) else self.storage)
 
     def _check_rank(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int):
@@ -246,6 +282,32 @@ class FacTConfig(PeftConfig):
                     f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regex "
                     f"target_modules={self.target_modules!r}; name the blocks in the regex instead."
                 )
+
+
+def bits_of(storage: str | None) -> int | None:
+    """Bits of a number in a storage that packs numbers, else None."""
+    return int(storage.removeprefix("int")) if storage and storage.startswith("int") else None
+
+
+def packs_numbers(config: FacTConfig) -> bool:
+    """Whether the file of an adapter holds packed numbers."""
+    return bits_of(config.storage) is not None or bits_of(config.storage_of_heads) is not None
+
+
+@contextmanager
+def stored_as(config: FacTConfig, storage: str | None, head_storage: str | None = None) -> Iterator[None]:
+    """Have an adapter be saved in another storage than its config says, for the time of the block.
+
+    Raises:
+        ValueError: If there is no such storage.
+    """
+    replace(config, storage=storage, head_storage=head_storage)  # for its checks
+    before = config.storage, config.head_storage
+    config.storage, config.head_storage = storage, head_storage
+    try:
+        yield
+    finally:
+        config.storage, config.head_storage = before
 
 
 def fact_config(model: nn.Module, adapter_name: str) -> FacTConfig:

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from typing import Any
 
+import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import stack_sizes
 from ..storage.adapter_file import adapter_files, has_nan, is_finite, read_tensors
+from ..storage.packing import is_packed, read_preamble
 from ..storage.quoting import for_terminal
-from .config import FacTConfig
+from .config import FacTConfig, bits_of
 from .factors import FACTORS
+from .stored import from_storage
 
 PREFIX = "base_model.model."
 # What PEFT puts around a layer or a head. Under these names a file reaches what is not the adapter's.
@@ -33,6 +36,12 @@ def check_saved_adapter(config: FacTConfig, adapter: str, subfolder: str | None 
         check_contents(config, read_tensors(file), str(file))
 
 
+def saved_tensors(adapter: str, subfolder: str | None = None, **download: Any) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, as floats whatever it is stored in; none if it has no file yet."""
+    files = adapter_files(adapter, subfolder, **download)[:1]
+    return {name: from_storage(name, tensor) for file in files for name, tensor in read_tensors(file)}
+
+
 def check_contents(config: FacTConfig, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Refuse tensors that are not those of an adapter.
 
@@ -42,8 +51,9 @@ def check_contents(config: FacTConfig, tensors: Iterable[tuple[str, Tensor]], so
         source: Where they come from, for the message.
 
     Raises:
-        ValueError: If a factor is missing, of another shape, not of floats or not finite; if anything holds NaN; or if
-            there are tensors that belong to neither the factors, nor `modules_to_save`, nor the biases.
+        ValueError: If a factor is missing, of another shape, not of floats or not finite; if anything holds NaN, or is
+            packed wrongly or in other bits than the config says; or if there are tensors that belong to neither the
+            factors, nor `modules_to_save`, nor the biases.
     """
     if config.layout is None:
         raise ValueError(
@@ -55,6 +65,9 @@ def check_contents(config: FacTConfig, tensors: Iterable[tuple[str, Tensor]], so
     for key, tensor in tensors:
         name = key.removeprefix(PREFIX)
         shape = missing.pop(name, None)
+        floats = from_storage(f"{source}: {key}", tensor)
+        misfits += packing_misfits(key, tensor, config.storage_of_heads if shape is None else config.storage)
+        tensor = floats
         if shape is None and not is_trained(config, layers, name):
             foreign.append(key)
         elif has_nan(tensor) if shape is None else not is_finite(tensor):  # a causal mask among the buffers has -inf
@@ -81,6 +94,20 @@ def check_contents(config: FacTConfig, tensors: Iterable[tuple[str, Tensor]], so
             f"{source} does not fit its config (rank={config.rank}, decomposition={config.decomposition!r}): "
             f"{listed(misfits, '; ')}. Take both files from where the adapter was saved."
         )
+
+
+def packing_misfits(key: str, tensor: Tensor, storage: str | None) -> list[str]:
+    """How the bits of a saved tensor differ from the storage of the config.
+
+    Floats are as good in any: a bias, or what could not be rounded.
+    """
+    bits = bits_of(storage)
+    if is_packed(tensor):
+        found = read_preamble(tensor)[0]
+        return [] if found == bits else [f"{key} is packed as int{found} in the file, {storage} by the config"]
+    if bits and tensor.dtype == torch.uint8 and tensor.dim() == 1:
+        return [f"{key} is {len(tensor)} bytes that are no packed tensor, {storage} by the config"]
+    return []
 
 
 def factor_shapes(config: FacTConfig) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .call import MixedBatch, current_batch
+from .config import FacTConfig
+from .stored import to_storage
 
 
 class FacTHead(ModulesToSaveWrapper):
@@ -17,7 +19,21 @@ class FacTHead(ModulesToSaveWrapper):
 
     PEFT's own takes the adapters of a batch as an argument, which only a hook on this shared module can pass, and wants
     outputs of one size.
+
+    Attributes:
+        fact_config: The model's own config of each adapter, as in `FacTStack`.
     """
+
+    fact_config: dict[str, FacTConfig]
+
+    def adapter_state_dict(  # type: ignore[override]  # as ModulesToSaveWrapper has it
+        self, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors of an adapter's head as they are saved."""
+        tensors = super().adapter_state_dict(adapter_name, state_dict)
+        config = self.fact_config.get(adapter_name)  # none of an adapter of another method
+        storage = config.storage_of_heads if config else None
+        return {name: to_storage(name, tensor, storage) for name, tensor in tensors.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the head of the active adapter.
@@ -37,11 +53,14 @@ class FacTHead(ModulesToSaveWrapper):
         return per_image_heads(batch, heads, *args, **kwargs)
 
 
-def adopt_heads(model: nn.Module) -> None:
-    """Make the heads that PEFT has wrapped into such heads."""
+def adopt_heads(model: nn.Module, adapter_name: str, config: FacTConfig) -> None:
+    """Make the heads that PEFT has wrapped into such heads, and give them the config of a new adapter."""
     for module in model.modules():
         if type(module) is ModulesToSaveWrapper:
             module.__class__ = FacTHead
+            module.fact_config = {}  # type: ignore[assignment]
+        if isinstance(module, FacTHead):
+            module.fact_config[adapter_name] = config
 
 
 def per_image_heads(

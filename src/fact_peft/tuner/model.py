@@ -31,6 +31,7 @@ from .layer import FacTLinear
 from .mismatch import mismatched_heads_are_ignored
 from .mixed_batch import mixed_batch
 from .planning import check_adapter_name, is_targeted, resolve
+from .stored import from_storage, to_storage_together
 
 
 class FacTModel(BaseTuner):
@@ -81,7 +82,7 @@ class FacTModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         if in_part:  # PEFT shortens long lists to what tells modules apart, but not their parts
             config.target_modules = targets
-        adopt_heads(model)
+        adopt_heads(model, adapter_name, config)
         if adapter_name in self.active_adapters:
             for wrapper in self._heads():  # PEFT activates a new head only where there was none
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
@@ -291,7 +292,9 @@ class FacTModel(BaseTuner):
     ) -> dict[str, Tensor]:
         assert isinstance(config, FacTConfig)
         config.labels = current_labels(config.labels, model)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        config.check_storage()
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return to_storage_together(config, adapter_name, tensors)
 
     @classmethod
     @ordinary_tensors()
@@ -302,10 +305,11 @@ class FacTModel(BaseTuner):
 
         Raises:
             ValueError: If a factor is missing, not of floats or not finite, a factor or head has another shape than in
-                the model, or there are tensors of other names.
+                the model or is packed wrongly, or there are tensors of other names.
         """
         assert isinstance(config, FacTConfig)
         check_not_merged(model, adapter_name, "overwritten")
+        state_dict = {name: from_storage(name, tensor) for name, tensor in state_dict.items()}
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config) if config.bias != "none" else {}
         state_dict, foreign = split_off_foreign(model, config, adapter_name, state_dict, biases)
         problems = [f"{for_terminal(name)}: no part of the adapter" for name in foreign]

@@ -7,6 +7,7 @@ is added to the enum: it pickles, iterates, compares and prints as the built-in 
 import functools
 import inspect
 import warnings
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,27 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ..storage.replacing import finish_replacing
-from .config import FacTConfig
-from .contents import check_contents, check_saved_adapter
+from .config import FacTConfig, packs_numbers
+from .contents import check_contents, check_saved_adapter, saved_tensors
 from .mismatch import heeding_mismatch
 from .planning import resolve
+from .stored import from_storage
 
 NAME = "FACT"
+# Whether transformers' load_adapter is at work, which copies tensors by name and knows none of packed numbers.
+_copying_by_name: ContextVar[bool] = ContextVar("copying_by_name", default=False)
+
+
+class PackedAdapter(Exception):
+    """What transformers' load_adapter was about to load has packed numbers; nothing has been changed yet."""
+
+    def __init__(self, config: FacTConfig, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.config, self.tensors = config, tensors
 
 
 def add_peft_type() -> None:
@@ -68,8 +81,8 @@ def check_adapters_before_they_load() -> None:
     And an interrupted save finished before it is read, see `storage/replacing.py`.
 
     All of PEFT reads the config of a saved adapter with ``PeftConfig.from_pretrained``, and so does transformers, which
-    then injects the layers and copies whatever the file has a name for, with no hook between. Tensors that it is given
-    by hand pass that by.
+    then injects the layers and copies whatever the file has a name for, with no hook between. Where the file's numbers
+    are packed, it is therefore called again with the config and the unpacked tensors.
     """
     read_config = inspect.unwrap(PeftConfig.from_pretrained.__func__)  # type: ignore[attr-defined]
     load_adapter = inspect.unwrap(PeftAdapterMixin.load_adapter)
@@ -82,22 +95,37 @@ def check_adapters_before_they_load() -> None:
         if isinstance(config, FacTConfig):
             download, _, _ = cls._split_kwargs(kwargs)
             check_saved_adapter(config, str(adapter), subfolder, **download)
+            if _copying_by_name.get() and packs_numbers(config):
+                raise PackedAdapter(config, saved_tensors(str(adapter), subfolder, **download))
         return config
 
     @functools.wraps(load_adapter)
     def check_and_load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = parameters.bind(self, *args, **kwargs).arguments
-        config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
-        adapter_kwargs = given.get("adapter_kwargs") or {}
-        if isinstance(config, FacTConfig):
+        given = parameters.bind(self, *args, **kwargs)
+        config, tensors = given.arguments.get("peft_config"), given.arguments.get("adapter_state_dict")
+        adapter_kwargs = given.arguments.get("adapter_kwargs") or {}
+        if config is None and tensors is None:
+            token = _copying_by_name.set(True)
+            try:
+                return load_adapter(self, *args, **kwargs)
+            except PackedAdapter as packed:
+                given.arguments.update(peft_config=packed.config, adapter_state_dict=packed.tensors)
+            finally:
+                _copying_by_name.reset(token)
+        elif isinstance(config, FacTConfig):
             settled, _ = resolve(config, self)
             if tensors is None:
-                check_saved_adapter(
-                    settled, str(given.get("peft_model_id")), **PeftConfig._split_kwargs(adapter_kwargs)[0]
+                folder, download = (
+                    str(given.arguments.get("peft_model_id")),
+                    PeftConfig._split_kwargs(adapter_kwargs)[0],
                 )
+                check_saved_adapter(settled, folder, **download)
+                tensors = saved_tensors(folder, **download) if packs_numbers(settled) else None
             else:
                 check_contents(settled, tensors.items(), "adapter_state_dict")
-        return load_adapter(self, *args, **kwargs)
+                tensors = {name: from_storage(name, tensor) for name, tensor in tensors.items()}
+            given.arguments["adapter_state_dict"] = tensors
+        return load_adapter(*given.args, **given.kwargs)
 
     PeftConfig.from_pretrained = classmethod(read_config_and_check)  # type: ignore[method-assign, assignment]
     PeftAdapterMixin.load_adapter = heeding_mismatch(check_and_load_adapter)  # type: ignore[method-assign]

@@ -1,0 +1,139 @@
+"""Accuracy against bytes on disk, head and config included, of one training stored in many ways.
+
+    python -m benchmarks.frontier.bytes --backbone facebook/dinov2-small --data FOLDER    # measures what is missing
+    python -m benchmarks.frontier.bytes --output RESULTS --write PAGE                     # tables and plot
+    python -m benchmarks.frontier.bytes ... --image_size 70 --tasks dtd10 rsscn7          # on a CPU
+
+Every method is trained once a task and seed, at its first learning rate, and kept as float32 in --trained. What is
+stored is made from that: FacT's factors as trained and orthogonalized, the head in 8 bits or in 4; other methods packed
+as FacT is. With --straight_through the training of FacT goes on for so many epochs at a quarter of the rate, rounded,
+and once more unrounded for comparison.
+
+Each is a record in RESULTS/TASK.json, and is not measured again; backbone and tasks are as for benchmarks.frontier.
+"""
+
+import argparse
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from benchmarks.frontier.backbones import Backbone, load, local_name
+from benchmarks.frontier.bytes.report import plot, read, report
+from benchmarks.frontier.bytes.storing import AS_TRAINED, ORTHOGONALIZED, is_fact, store_fact, store_other
+from benchmarks.frontier.bytes.training import continued, trained
+from benchmarks.frontier.methods import METHODS
+from benchmarks.frontier.search import Protocol, accuracy
+from benchmarks.frontier.tasks import Task, read_task, task_names
+from benchmarks.reporting.markdown import write_generated
+from benchmarks.reporting.results import Results
+
+CACHE = Path("outputs") / "frontier" / "images"
+WANTED = ["FacT-TT r=4", "FacT-TT r=8", "linear probe", "LoRA r=1", "VeRA r=256"]
+# Storages of factors and head, and the forms in which factors are rounded to them.
+WAYS = [
+    ("float32", "float32", AS_TRAINED),
+    ("float16", "float16", AS_TRAINED),
+    ("int8", "int8", AS_TRAINED),
+    *((storage, "int8", form) for storage in ("int4", "int2") for form in (AS_TRAINED, ORTHOGONALIZED)),
+    *((storage, "int4", AS_TRAINED) for storage in ("int4", "int2")),
+]
+IN_TRAINING = [("int4", "int4"), ("int2", "int4"), ("float32", "float32")]  # the last for comparison: no rounding
+
+
+def measure(args: argparse.Namespace, backbone: Backbone, task_name: str, task: Task, name: str, seed: int) -> None:
+    """Train what is missing of a method on a task, and store and test what is missing of that."""
+    method, protocol = METHODS[name], Protocol(args.epochs, args.batch_size)
+    stem = f"{task_name}-{name.replace(' ', '_')}-seed{seed}-{args.image_size}px-{args.precision}-{args.epochs}"
+    start = args.trained / f"{stem}.safetensors"
+    results = Results(args.output / f"{task_name}.json")
+
+    def keep(storage: str, head_storage: str, form: str, later: int = 0) -> None:
+        setting: dict[str, Any] = {
+            "method": name,
+            "seed": seed,
+            "storage": storage,
+            "head_storage": head_storage,
+            "form": form,
+            "later_epochs": later,
+            "backbone": backbone.fingerprint,
+            "num_test": len(task.test.labels),
+            "num_labels": task.num_labels,
+            "epochs": args.epochs,
+            "batch_size": args.batch_size,
+            "image_size": args.image_size,
+            "precision": args.precision,
+        }
+        if results.find(**setting) is not None:
+            return
+        model, heads = trained(backbone, task, method, seed, protocol, start)
+        if later:
+            file = args.trained / f"{stem}+{later}-{storage}-{head_storage}.safetensors"
+            more = Protocol(later, args.batch_size)
+            model, heads = continued(backbone, task, method, seed, more, start, file, storage, head_storage)
+        found = (
+            store_fact(model, storage, head_storage, form)
+            if is_fact(model)
+            else store_other(model, heads, storage, head_storage)
+        )
+        found["test_accuracy"] = accuracy(backbone, model, task.test)
+        results.add(setting, found)
+        tqdm.write(f"{task_name}, {name}, {storage}, head {head_storage}, {form}, {later} more epochs: {found}")
+
+    fact = name.startswith("FacT")
+    for storage, head_storage, form in WAYS:
+        if storage in args.storages and (fact or form == AS_TRAINED):
+            keep(storage, head_storage, form)
+    for storage, head_storage in IN_TRAINING if fact and args.straight_through else []:
+        if storage in args.storages:
+            keep(storage, head_storage, AS_TRAINED, args.straight_through)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--backbone", help="Hub name or folder of a pretrained model")
+    add("--data", type=Path, help="folder of the tasks; without it nothing is measured")
+    add("--tasks", nargs="+", help="(default: all in --data)")
+    add("--methods", nargs="+", choices=METHODS, default=WANTED, metavar="METHOD", help=f"(default: {WANTED})")
+    storages = list(dict.fromkeys(storage for storage, _, _ in WAYS))
+    add("--storages", nargs="+", choices=storages, default=storages, help="(default: all)")
+    add("--straight_through", type=int, default=0, metavar="EPOCHS", help="more epochs, rounded (default: none)")
+    add("--image_size", type=int, default=224, help="pixels a side (default: %(default)s)")
+    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the passes (default: %(default)s)")
+    add("--epochs", type=int, default=Protocol().epochs, help="(default: %(default)s)")
+    add("--batch_size", type=int, default=Protocol().batch_size, help="(default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    add("--threads", type=int, default=1, help="of torch on a CPU (default: %(default)s)")
+    add("--output", type=Path, help="folder of the results (default: outputs/frontier/bytes/NAME OF THE BACKBONE)")
+    add("--trained", type=Path, default=Path("outputs") / "frontier" / "bytes" / "trained", help="what was trained")
+    add("--write", type=Path, metavar="PAGE", help="Markdown file to write the tables into")
+    args = parser.parse_args()
+    if args.output is None and args.backbone is None:
+        parser.error("--output is missing; pass the folder of the results, or --backbone and --data to measure some.")
+    if args.data is not None and args.backbone is None:
+        parser.error("--backbone is missing; --data asks to measure, and there is no default.")
+    args.output = args.output or Path("outputs") / "frontier" / "bytes" / local_name(args.backbone)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    if args.data is not None:
+        backbone = load(args.backbone, args.precision)
+        task_of = cache(lambda task: read_task(args.data, task, args.image_size, CACHE))
+        for seed in args.seeds:
+            for name in args.methods:
+                for task in args.tasks or task_names(args.data):
+                    measure(args, backbone, task, task_of(task), name, seed)
+    runs = read(args.output)
+    text = report(runs)
+    print(text)
+    plot(runs, args.output / "bytes.png")
+    if args.write is not None:
+        write_generated(args.write, f"python -m benchmarks.frontier.bytes --output {args.output}", text)
+
+
+if __name__ == "__main__":
+    main()

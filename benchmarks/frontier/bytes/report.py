@@ -1,0 +1,135 @@
+"""Table and plot of `benchmarks.frontier.bytes`, from its results alone."""
+
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from benchmarks.frontier.bytes.storing import AS_TRAINED
+from benchmarks.frontier.report import frontier
+from benchmarks.reporting.markdown import table
+from benchmarks.reporting.results import Results
+
+WAY = ["method", "storage", "head_storage", "form", "later_epochs"]  # what is compared
+MARKERS = {"float32": "o", "float16": "s", "int8": "D", "int4": "^", "int2": "v"}
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """One row per record, with its task.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    frames = [Results(file).frame().assign(task=file.stem) for file in sorted(folder.glob("*.json"))]
+    if not frames:
+        raise ValueError(f"{folder} has no results; measure some first, with --data.")
+    return pd.concat(frames, ignore_index=True)
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of every way to store: accuracy by task (mean over seeds), their mean, its loss to float32, mean bytes and error.
+
+    The mean is of ways that were measured on all tasks; the loss is to the same training in float32.
+    """
+    by_task = runs.pivot_table(index=WAY, columns="task", values="test_accuracy", sort=False)
+    rows = by_task.assign(mean=by_task.mean(axis=1, skipna=False))
+    taken = runs.groupby(WAY, sort=False)[["bytes", *(["error"] if "error" in runs else [])]].mean()
+    rows = rows.join(taken).reset_index()
+    whole = rows[(rows["storage"] == "float32") & (rows["later_epochs"] == 0)].set_index("method")["mean"]
+    rows["change"] = rows["mean"] - rows["method"].map(whole)
+    return rows
+
+
+def way(row: pd.Series) -> str:
+    """What was done beside rounding, in words."""
+    if row["later_epochs"] == 0:
+        return "" if row["form"] == AS_TRAINED else row["form"]
+    epochs = f"{row['later_epochs']} more epoch{'s' if row['later_epochs'] > 1 else ''}"
+    return f"{epochs}, unrounded" if row["storage"] == "float32" else f"{epochs}, straight-through"
+
+
+def report(runs: pd.DataFrame) -> str:
+    """Conditions and table as Markdown."""
+    first = runs.iloc[0]
+    tasks = sorted(set(runs["task"]))
+    rows = []
+    for _, row in summary(runs).iterrows():
+        cells = [
+            row["method"],
+            row["storage"],
+            row["head_storage"],
+            way(row),
+            f"{row['bytes']:,.0f}",
+            number(row.get("error"), "{:.1f}"),
+        ]
+        cells += [number(row[task], "{:.1f}") for task in tasks]
+        rows.append([*cells, number(row["mean"], "{:.1f}"), number(row["change"], "{:+.1f}")])
+    errors = [sampling_error(runs[runs["task"] == task]) for task in tasks]
+    of_mean = np.sqrt(np.square(errors).sum()) / len(errors)
+    return "\n\n".join(
+        [
+            f"{first['image_size']} px, {first['precision']}, {first['epochs']} epochs, batches of "
+            f"{first['batch_size']}, seeds: {runs['seed'].nunique()}. Sampling error of an accuracy: "
+            f"{min(errors):.1f} to {max(errors):.1f}, of the mean {of_mean:.1f}.",
+            table(
+                [
+                    "method",
+                    "factors",
+                    "head",
+                    "how",
+                    "bytes",
+                    "change of dW, %",
+                    *tasks,
+                    "mean",
+                    "to float32",
+                ],
+                rows,
+            ),
+        ]
+    )
+
+
+def sampling_error(runs: pd.DataFrame) -> float:
+    """Of one accuracy on the test images, in points."""
+    share = runs["test_accuracy"].mean() / 100
+    return 100 * float(np.sqrt(share * (1 - share) / runs["num_test"].iloc[0]))
+
+
+def number(value: float | None, form: str) -> str:
+    return "" if value is None or np.isnan(value) else form.format(value)
+
+
+def plot(runs: pd.DataFrame, file: Path) -> None:
+    """Mean accuracy against bytes a task: a colour for every method, a marker for every storage of its numbers.
+
+    Rounded as trained; hollow with straight-through rounding. The line is what FacT, without that, reaches with at most
+    so many bytes.
+    """
+    matplotlib.use("Agg")
+    rows = summary(runs).dropna(subset=["mean"])
+    figure, axes = plt.subplots(figsize=(8, 5.5))
+    for colour, (method, group) in zip(plt.get_cmap("tab10").colors, rows.groupby("method", sort=False), strict=False):
+        plain = group[(group["later_epochs"] == 0) & (group["form"] == AS_TRAINED)]
+        axes.plot([], [], color=colour, linestyle="", marker=".", markersize=14, label=method)
+        for _, row in plain.iterrows():
+            axes.plot(row["bytes"], row["mean"], marker=MARKERS[row["storage"]], color=colour, markersize=7)
+        for _, row in group[(group["later_epochs"] > 0) & (group["storage"] != "float32")].iterrows():
+            axes.plot(
+                row["bytes"], row["mean"], marker=MARKERS[row["storage"]], color=colour, markersize=9, fillstyle="none"
+            )
+    ours = rows[(rows["later_epochs"] == 0) & (rows["form"] == AS_TRAINED) & rows["method"].str.startswith("FacT")]
+    best = frontier(zip(ours["bytes"], ours["mean"], strict=True))
+    if best:
+        sizes, accuracies = zip(*[*best, (rows["bytes"].max(), best[-1][1])], strict=True)
+        axes.step(sizes, accuracies, where="post", color="black", linewidth=1, zorder=0, label="best of FacT")
+    for storage, marker in MARKERS.items():
+        axes.plot([], [], color="grey", linestyle="", marker=marker, label=storage)
+    axes.plot([], [], color="grey", linestyle="", marker="o", fillstyle="none", label="hollow: straight-through")
+    axes.set(xscale="log", xlabel="bytes a task: adapter, head and config", ylabel="test accuracy, mean of tasks, %")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
