@@ -63,7 +63,7 @@ def plot(results: Results, file: Path) -> None:
 
     frame = results.frame()
     passes, capacity = batches(frame), frame[frame["part"] == "capacity"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 5))
     colors = {part: f"C{number}" for number, part in enumerate(passes["part"].unique())}
     for method in ("FacT", "LoRA"):
         rows = passes[passes["row"].str.fullmatch(rf"{method}, \d+")]
@@ -74,7 +74,7 @@ def plot(results: Results, file: Path) -> None:
     left.set_xscale("log", base=2)
     left.set_xlabel("different adapters in the batch")
     left.set_ylabel(f"time by that of {REFERENCE!r}")
-    left.legend(fontsize=6)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=7, frameon=False)
     for row in capacity.itertuples():
         right.plot(*zip(*row.curve, strict=True), label=row.row)
     right.set_xscale("log")
