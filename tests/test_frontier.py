@@ -244,6 +244,7 @@ def test_means_are_of_methods_measured_on_all_tasks_and_spread_over_seeds():
     assert sorted(by_group["natural"]["mean"]) == [60, 99] and list(by_group["mean"]["mean"]) == [45]
 
 
+@pytest.mark.slow  # five processes
 def test_the_command_measures_what_is_missing_and_writes_tables_and_plot(folder):
     output, page = folder / "results", folder / "page.md"
     marker = f"python -m benchmarks.frontier --output {output}"

@@ -187,6 +187,7 @@ def write_parquet(file: Path, images: Labelled, kind: str) -> None:
     pd.DataFrame({"image": cells, "label": images.labels.numpy()}).to_parquet(file)
 
 
+@pytest.mark.slow
 def test_quick_run_measures_each_setting_once(tmp_path):
     for name, images in {
         "cifar10-train": random_images(20, 3, 32, seed=0),
