@@ -31,8 +31,9 @@ from benchmarks.frontier.bottlenecks import SCALE, Bottlenecks
 from benchmarks.frontier.bytes.report import WAY
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.prompts import DeepPrompts
+from benchmarks.frontier.rates import with_ratio
 from benchmarks.frontier.report import best_rates, chosen, fixed, means, panels, read
-from benchmarks.frontier.search import is_head
+from benchmarks.frontier.search import groups, is_head, trained_parameters
 from benchmarks.frontier.shots import few
 from benchmarks.frontier.tasks import Labelled, Task, kinds, read_task, task_names
 
@@ -344,3 +345,19 @@ def test_few_shot_runs_at_the_rates_chosen_elsewhere(folder, run_module):
     assert (shots / "shots.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="has no learning rate of BitFit"):
         run_module("benchmarks.frontier.shots", *common[:-3], "--methods", "BitFit", *more, "--output", shots)
+
+
+def test_two_rates_are_run_in_every_pair_and_move_what_they_are_of(folder, run_module):
+    _, method = with_ratio("authors' start, scale 1", 0.25)
+    model = method.adapt(dinov2(), NONE)
+    rates = {id(group["params"][0]): group["lr"] for group in groups(trained_parameters(model), [], method, 1e-2)}
+    of = {key: rates[id(p)] for key, p in model.named_parameters() if ".fact_" in key}
+    assert {rate for key, rate in of.items() if ".fact_Sigma." not in key} == {2.5e-3}
+    assert {rate for key, rate in of.items() if ".fact_Sigma." in key} == {1e-2}
+    output = folder / "rates"
+    common = ["--backbone", folder / "backbone", "--data", folder / "tasks", "--tasks", "own", "--image_size", SIZE]
+    text = run_module("benchmarks.frontier.rates", *common, "--epochs", 1, "--batch_size", 6, "--output", output)
+    records = json.loads((output / "own.json").read_text())
+    assert len(records) == 18 and "nan" not in text
+    assert len({(r["setting"]["method"], r["setting"]["learning_rate"]) for r in records}) == 18
+    assert "| 0.001 | 0.016 |" in text

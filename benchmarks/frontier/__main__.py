@@ -21,13 +21,11 @@ goes on, and processes can share RESULTS if each has tasks of its own. PAGE gets
 
 import argparse
 from functools import cache
-from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
-from benchmarks.frontier.backbones import load, local_name
+from benchmarks.frontier.backbones import load
+from benchmarks.frontier.command_line import frontier_parser, parse
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.plot import plot
 from benchmarks.frontier.report import chosen, fixed, panels, read, report
@@ -60,36 +58,19 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frontier_parser(__doc__)
     add = parser.add_argument
-    add("--backbone", help="Hub name or folder of a pretrained model")
-    add("--data", type=Path, help="folder of the tasks; without it nothing is measured")
     add("--tasks", nargs="+", help="(default: all in --data)")
     names = ", ".join(METHODS)
     add(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=f"(default: all) {names}"
     )
     add("--choose_on", nargs="+", default=[], metavar="TASK", help="no search but on these tasks, together")
-    add("--image_size", type=int, default=224, help="pixels a side (default: %(default)s)")
-    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the passes (default: %(default)s)")
-    add("--epochs", type=int, default=Protocol().epochs, help="(default: %(default)s)")
-    add("--batch_size", type=int, default=Protocol().batch_size, help="(default: %(default)s)")
     add("--trials", type=int, default=Protocol().trials, help="learning rates tried (default: %(default)s)")
     add("--num_seeds", type=int, default=Protocol().num_seeds, help="seeds of what was chosen (default: %(default)s)")
-    add("--threads", type=int, default=1, help="of torch on a CPU (default: %(default)s)")
-    add("--output", type=Path, help="folder of the results (default: outputs/frontier/NAME OF THE BACKBONE)")
-    add("--write", type=Path, metavar="PAGE", help="Markdown file to write the tables into")
-    args = parser.parse_args()
-    if args.output is None and args.backbone is None:
-        parser.error("--output is missing; pass the folder of the results, or --backbone and --data to measure some.")
-    args.output = args.output or Path("outputs") / "frontier" / local_name(args.backbone)
-    if args.data is not None and args.backbone is None:
-        parser.error("--backbone is missing; --data asks to measure, and there is no default.")
+    args = parse(parser, "frontier")
     if args.trials < 2:
         parser.error(f"--trials is {args.trials}, but what was run at one rate does not count as searched; ask for 2.")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
     if args.data is not None:
         measure(args)
     runs = read(args.output)

@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
-from benchmarks.frontier.backbones import load, local_name
+from benchmarks.frontier.backbones import load
+from benchmarks.frontier.command_line import frontier_parser, parse
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.report import best_rates, is_fact, means, read
 from benchmarks.frontier.search import Measurements, Protocol
@@ -134,34 +134,15 @@ def plot(points: Mapping[int, pd.DataFrame], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frontier_parser(__doc__)
     add = parser.add_argument
-    add("--backbone", help="Hub name or folder of a pretrained model")
-    add("--data", type=Path, help="folder of the tasks; without it nothing is measured")
     add("--tasks", nargs="+", help="tasks to cut; needed to measure")
     add("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="images a class (default: 1 2 4 8 16)")
     add("--rates", type=Path, metavar="RESULTS", help="results of benchmarks.frontier that settle the learning rates")
     add("--choose_on", nargs="+", default=[], metavar="TASK", help="tasks there whose validation images decide")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(default: all)")
-    add("--image_size", type=int, default=224, help="pixels a side (default: %(default)s)")
-    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the passes (default: %(default)s)")
-    add("--epochs", type=int, default=Protocol().epochs, help="that 1,000 images would take (default: %(default)s)")
-    add("--batch_size", type=int, default=Protocol().batch_size, help="(default: %(default)s)")
     add("--num_seeds", type=int, default=Protocol().num_seeds, help="draws of the images (default: %(default)s)")
-    add("--threads", type=int, default=1, help="of torch on a CPU (default: %(default)s)")
-    add("--output", type=Path, metavar="SHOTS", help="folder of the results (default: outputs/shots/BACKBONE)")
-    add("--write", type=Path, metavar="PAGE", help="Markdown file to write the table into")
-    args = parser.parse_args()
-    if args.output is None and args.backbone is None:
-        parser.error("--output is missing; pass the folder of the results, or --backbone and --data to measure some.")
-    if args.data is not None:
-        for name in ("backbone", "tasks", "rates", "choose_on"):
-            if not getattr(args, name):
-                parser.error(f"--{name} is missing; --data asks to measure, and there is no default.")
-    args.output = args.output or Path("outputs") / "shots" / local_name(args.backbone)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
+    args = parse(parser, "shots", needed=("tasks", "rates", "choose_on"))
     if args.data is not None:
         measure(args)
     runs = read_shots(args.output)

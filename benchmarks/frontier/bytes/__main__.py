@@ -17,21 +17,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
-from benchmarks.frontier.backbones import Backbone, load, local_name
+from benchmarks.frontier.backbones import Backbone, load
 from benchmarks.frontier.bytes.report import plot, read, report
 from benchmarks.frontier.bytes.storing import AS_TRAINED, ORTHOGONALIZED, is_fact, store_fact, store_other
 from benchmarks.frontier.bytes.training import continued, trained
+from benchmarks.frontier.command_line import frontier_parser, parse
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.search import Protocol, accuracy
-from benchmarks.frontier.tasks import Task, read_task, task_names
+from benchmarks.frontier.tasks import CACHE, Task, read_task, task_names
 from benchmarks.reporting.markdown import write_generated
 from benchmarks.reporting.results import Results
 
-CACHE = Path("outputs") / "frontier" / "images"
 WANTED = ["FacT-TT r=4", "FacT-TT r=8", "linear probe", "LoRA r=1", "VeRA r=256"]
 # Storages of factors and head, and the forms in which factors are rounded to them.
 WAYS = [
@@ -93,33 +91,16 @@ def measure(args: argparse.Namespace, backbone: Backbone, task_name: str, task: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frontier_parser(__doc__)
     add = parser.add_argument
-    add("--backbone", help="Hub name or folder of a pretrained model")
-    add("--data", type=Path, help="folder of the tasks; without it nothing is measured")
     add("--tasks", nargs="+", help="(default: all in --data)")
     add("--methods", nargs="+", choices=METHODS, default=WANTED, metavar="METHOD", help=f"(default: {WANTED})")
     storages = list(dict.fromkeys(storage for storage, _, _ in WAYS))
     add("--storages", nargs="+", choices=storages, default=storages, help="(default: all)")
     add("--straight_through", type=int, default=0, metavar="EPOCHS", help="more epochs, rounded (default: none)")
-    add("--image_size", type=int, default=224, help="pixels a side (default: %(default)s)")
-    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the passes (default: %(default)s)")
-    add("--epochs", type=int, default=Protocol().epochs, help="(default: %(default)s)")
-    add("--batch_size", type=int, default=Protocol().batch_size, help="(default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
-    add("--threads", type=int, default=1, help="of torch on a CPU (default: %(default)s)")
-    add("--output", type=Path, help="folder of the results (default: outputs/frontier/bytes/NAME OF THE BACKBONE)")
     add("--trained", type=Path, default=Path("outputs") / "frontier" / "bytes" / "trained", help="what was trained")
-    add("--write", type=Path, metavar="PAGE", help="Markdown file to write the tables into")
-    args = parser.parse_args()
-    if args.output is None and args.backbone is None:
-        parser.error("--output is missing; pass the folder of the results, or --backbone and --data to measure some.")
-    if args.data is not None and args.backbone is None:
-        parser.error("--backbone is missing; --data asks to measure, and there is no default.")
-    args.output = args.output or Path("outputs") / "frontier" / "bytes" / local_name(args.backbone)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
+    args = parse(parser, "frontier/bytes")
     if args.data is not None:
         backbone = load(args.backbone, args.precision)
         task_of = cache(lambda task: read_task(args.data, task, args.image_size, CACHE))
