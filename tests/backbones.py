@@ -69,3 +69,13 @@ def logits(model: nn.Module, pixels: Tensor) -> Tensor:
     """Class scores (images, labels) of a transformers or timm classifier."""
     output = model(pixels)
     return output if isinstance(output, Tensor) else output.logits
+
+
+@torch.no_grad()
+def alone(model: nn.Module, name: str) -> Tensor:
+    """Class scores of `images` in float64 under one adapter of `model`, or under none: ``"__base__"``."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return logits(model, images(torch.float64))
+    model.set_adapter(name)
+    return logits(model, images(torch.float64))

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from architectures import ARCHITECTURES
-from backbones import images, logits, make_backbone
+from backbones import alone, images, logits, make_backbone
 from peft import PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file
@@ -272,14 +272,6 @@ def with_adapters():
     for name, settings in list(PARTS.items())[1:]:
         model.add_adapter(name, FacTConfig(**{"init_weights": False, "rank": 3, "modules_to_save": [], **settings}))
     return model.double().eval()
-
-
-def alone(model, name):
-    if name == "__base__":
-        with model.disable_adapter():
-            return logits(model, images(torch.float64))
-    model.set_adapter(name)
-    return logits(model, images(torch.float64))
 
 
 @torch.no_grad()

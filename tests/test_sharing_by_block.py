@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from backbones import images, logits, make_backbone
+from backbones import alone, images, logits, make_backbone
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -131,15 +131,6 @@ def with_adapters():
         if ".modules_to_save." in name:
             parameter.data.normal_(std=0.3)
     return model.double().eval()
-
-
-@torch.no_grad()
-def alone(model, name):
-    if name == "__base__":
-        with model.disable_adapter():
-            return logits(model, images(torch.float64))
-    model.set_adapter(name)
-    return logits(model, images(torch.float64))
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from fact_peft import (
 from fact_peft.__main__ import main
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import read_adapter, task_bytes
-from fact_peft.storage.packing import WIDTHS, is_packed, pack, unpack
+from fact_peft.storage.packing import WIDTHS, is_packed, pack, rounded, unpack
 from fact_peft.tuner.config import STORAGES, bits_of
 from fact_peft.tuner.contents import factor_shapes
 
@@ -83,10 +83,12 @@ def decoded(packed):
 
 @pytest.mark.parametrize("bits, shape", list(itertools.product(WIDTHS, SHAPES)), ids=str)
 def test_packed_bytes_are_what_the_layout_says(bits, shape):
-    packed = pack(random(shape), bits)
+    tensor = random(shape)
+    packed = pack(tensor, bits)
     count = int(np.prod(shape))
     assert len(packed) == 8 + 4 * len(shape) + 2 * -(-count // 64) + -(-count * bits // 8)
     np.testing.assert_array_equal(unpack(packed).double().numpy(), decoded(packed))
+    assert torch.equal(rounded(tensor, bits), unpack(packed))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

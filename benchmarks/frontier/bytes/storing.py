@@ -14,7 +14,7 @@ from fact_peft import FacTConfig, quantize_adapter
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
 from fact_peft.operations.straight_through import stacks_of
-from fact_peft.storage.packing import pack, unpack
+from fact_peft.storage.packing import pack, rounded, unpack
 from fact_peft.tuner.config import bits_of
 
 AS_TRAINED, ORTHOGONALIZED = "as trained", "orthogonalized"
@@ -35,7 +35,7 @@ def store_fact(model: PeftModel, storage: str, head_storage: str, form: str) -> 
         for factors, before in zip(stacks, exact, strict=True):
             written = decomposition.orthogonalized(before) if form == ORTHOGONALIZED else before
             for letter, factor in factors.items():
-                factor.copy_(unpack(pack(written[letter], bits)))
+                factor.copy_(rounded(written[letter], bits))
     quantize_adapter(model, storage, head_storage)
     zeros = [{**factors, "U": torch.zeros_like(factors["U"])} for factors in exact]
     changed = sum(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from ..tuner.config import fact_config
+from ..tuner.config import fact_config, stored_as
 
 
 @torch.no_grad()
@@ -30,12 +28,7 @@ def quantize_adapter(
             is then as it was.
     """
     config = fact_config(model, adapter_name)
-    replace(config, storage=storage, head_storage=head_storage)  # for its checks
-    before = config.storage, config.head_storage
-    config.storage, config.head_storage = storage, head_storage
-    try:
+    with stored_as(config, storage, head_storage):
         stored = get_peft_model_state_dict(model, adapter_name=adapter_name)
         set_peft_model_state_dict(model, stored, adapter_name=adapter_name)
-    except Exception:
-        config.storage, config.head_storage = before
-        raise
+    config.storage, config.head_storage = storage, head_storage

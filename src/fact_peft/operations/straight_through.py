@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..storage.packing import rounded
 from ..tuner.config import bits_of, fact_config
 from ..tuner.factors import FacTStack
 from ..tuner.head import FacTHead
-from ..tuner.stored import before_rounding, from_storage, to_storage
+from ..tuner.stored import before_rounding, to_storage
 
 
 class StraightThrough:
@@ -92,7 +93,7 @@ class StraightThrough:
 
     def _round(self) -> None:
         for parameter, storage in self._storages.items():
-            parameter.copy_(from_storage("parameter", to_storage("parameter", parameter, storage)))
+            parameter.copy_(to_storage("parameter", parameter, storage, packing=rounded))
 
 
 def stacks_of(model: nn.Module, adapter_name: str) -> list[FacTStack]:

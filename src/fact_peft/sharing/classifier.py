@@ -46,7 +46,7 @@ def save_image_classifier(
         base_model: Hub id of the base model, if it was not loaded by that.
         storage: In what to store the factors, such as ``"int8"``, see `FacTConfig`; None: as the adapter's config says.
             The model stays as it is: `quantize_adapter` rounds it, for metrics of what is saved.
-        head_storage: The same for the head; None: in no less than ``"int8"``.
+        head_storage: The same for the head; None: as the config says, which by default is no less than ``"int8"``.
 
     Raises:
         ValueError: If the active adapter of `model` is not a FacT adapter, there are several, a metric is no number, or

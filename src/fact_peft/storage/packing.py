@@ -42,11 +42,9 @@ def pack(tensor: Tensor, bits: int, group: int = GROUP) -> Tensor:
     Returns:
         The bytes, (n,) of uint8, on the CPU. What `unpack` gave is packed to the bytes it came from.
     """
-    numbers = tensor.detach().to("cpu", torch.float32).flatten()
-    rows = padded(numbers, group).view(-1, group)
-    scales = best_scales(rows, padded(torch.ones_like(numbers), group).view(-1, group), bits)
+    rows, scales = grouped(tensor.cpu(), bits, group)
     half = 2 ** (bits - 1)
-    codes = (quantize(rows, scales, bits) + (half - 0.5)).flatten()[: numbers.numel()].to(torch.uint8)
+    codes = (quantize(rows, scales, bits) + (half - 0.5)).flatten()[: tensor.numel()].to(torch.uint8)
     preamble = PREAMBLE.pack(MAGIC, VERSION, bits, group, tensor.dim()) + struct.pack(
         f"<{tensor.dim()}I", *tensor.shape
     )
@@ -80,6 +78,12 @@ def unpack(packed: Tensor) -> Tensor:
     return (padded(levels, group).view(-1, group) * scales[:, None]).flatten()[:count].view(shape)
 
 
+def rounded(tensor: Tensor, bits: int, group: int = GROUP) -> Tensor:
+    """What `unpack` gives of what `pack` makes of a tensor, in float32, without leaving the tensor's device."""
+    rows, scales = grouped(tensor, bits, group)
+    return (quantize(rows, scales, bits) * scales[:, None]).flatten()[: tensor.numel()].view(tensor.shape)
+
+
 def is_packed(tensor: Tensor) -> bool:
     """Whether a tensor begins as the bytes of a packed one do."""
     magic = torch.tensor(list(MAGIC), dtype=torch.uint8)
@@ -103,6 +107,13 @@ def read_preamble(packed: Tensor) -> tuple[int, int, tuple[int, ...]]:
     if len(dimensions) < 4 * num_dimensions:
         raise ValueError("fewer bytes than its dimensions take")
     return bits, group, struct.unpack(f"<{num_dimensions}I", dimensions)
+
+
+def grouped(tensor: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """The numbers of a tensor by group (n, group), in float32, with zeros behind the last; and their scales (n,)."""
+    numbers = tensor.detach().float().flatten()
+    rows, present = (padded(each, group).view(-1, group) for each in (numbers, torch.ones_like(numbers)))
+    return rows, best_scales(rows, present, bits)
 
 
 def best_scales(rows: Tensor, present: Tensor, bits: int) -> Tensor:

@@ -17,6 +17,8 @@ from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import Slices, slices_of
 from ..storage.packing import WIDTHS
 
+# Fields that version 0.1 warns of: left out of the file where they say what it does anyway.
+UNKNOWN_TO_0_1 = {"share": "model", "storage": None, "head_storage": None}
 STORAGES = ("float32", "float16", "bfloat16", *(f"int{bits}" for bits in WIDTHS))
 
 
@@ -190,12 +192,10 @@ class FacTConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved: sets as sorted lists, so that equal configs make equal files."""
         fields = super().to_dict()
-        # Unused ones are left out, since versions that do not know them warn of them.
-        unused = {name for name in ("storage", "head_storage") if fields[name] is None}
         return {
             name: sorted(value) if isinstance(value, set) else value
             for name, value in fields.items()
-            if name not in unused
+            if name not in UNKNOWN_TO_0_1 or value != UNKNOWN_TO_0_1[name]
         }
 
     def check_storage(self) -> None:

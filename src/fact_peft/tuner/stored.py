@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..method.decomposition import DECOMPOSITIONS
 from ..storage.adapter_file import is_finite
-from ..storage.packing import is_packed, pack, unpack
+from ..storage.packing import is_packed, pack, rounded, unpack
 from ..storage.quoting import for_terminal
 from .config import FacTConfig, bits_of
 
 
-def to_storage(name: str, tensor: Tensor, storage: str | None) -> Tensor:
+def to_storage(
+    name: str, tensor: Tensor, storage: str | None, packing: Callable[[Tensor, int], Tensor] = pack
+) -> Tensor:
     """A tensor as it is saved.
 
     Left as they are: integers, what holds NaN or infinity (which is refused where it is loaded, or is a mask), and what
@@ -25,6 +27,7 @@ def to_storage(name: str, tensor: Tensor, storage: str | None) -> Tensor:
         name: For the message.
         tensor: Of the model.
         storage: One of `STORAGES`, or None for as it is.
+        packing: What is made of numbers in so many bits: `pack`, or `rounded` for floats with the stored numbers.
 
     Raises:
         ValueError: If a number is too large for float16.
@@ -33,7 +36,7 @@ def to_storage(name: str, tensor: Tensor, storage: str | None) -> Tensor:
         return tensor
     bits = bits_of(storage)
     if bits and tensor.dim() > 1:
-        return pack(tensor, bits)
+        return packing(tensor, bits)
     cast = tensor.to(torch.float16 if bits else getattr(torch, storage))
     if not is_finite(cast):
         raise ValueError(
@@ -96,8 +99,9 @@ def before_rounding(config: FacTConfig, factors: Mapping[str, Tensor], bits: int
     exact = {letter: factor.detach().cpu().double() for letter, factor in factors.items()}
 
     def error(form: Mapping[str, Tensor]) -> float:
-        rounded = {letter: unpack(pack(factor, bits)).double() for letter, factor in form.items()}
-        return decomposition.distance(exact, rounded)
+        return decomposition.distance(
+            exact, {letter: rounded(factor, bits).double() for letter, factor in form.items()}
+        )
 
     return min(exact, decomposition.orthogonalized(exact), key=error)  # of equals the first
 
