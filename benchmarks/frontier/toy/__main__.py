@@ -3,6 +3,7 @@
     python -m benchmarks.frontier.toy --data FOLDER                                  # measures what is missing
     python -m benchmarks.frontier.toy --write benchmarks/frontier/toy/README.md      # tables and plot of what there is
     python -m benchmarks.frontier.toy --data FOLDER --backbone VIT --output OUT --write PAGE    # on another backbone
+    python -m benchmarks.frontier.toy --data FOLDER --default_seeds 20               # as benchmarks.frontier.default
 
 FOLDER holds cifar10-train.parquet, cifar10-test.parquet, mnist-train.parquet and mnist-test.parquet with the columns
 image ({"bytes": ...}) and label. Without --backbone a small ViT is pretrained on CIFAR-10 first and kept in
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import ViTForImageClassification
 from transformers.utils import logging
 
+from benchmarks.frontier import default
 from benchmarks.frontier.backbones import DEVICE, Backbone
 from benchmarks.frontier.plot import plot
 from benchmarks.frontier.report import MEAN, chosen, means, read, summary
@@ -77,19 +79,31 @@ def measure(args: argparse.Namespace) -> None:
         shape = {field: getattr(pretrained.config, field) for field in fields}
         measured = {"test_accuracy": accuracy(backbone, pretrained, photos), **shape}
         backbones.add({"backbone": backbone.fingerprint}, measured)
-    runs_a_method = protocol.trials + protocol.num_seeds - 1
-    with tqdm(total=len(args.tasks) * len(args.methods) * runs_a_method, desc="runs", smoothing=0.1) as progress:
+    runs_a_task = len(args.methods) * (protocol.trials + protocol.num_seeds - 1)
+    if args.default_seeds:
+        runs_a_task = len(default.DEFAULTS) * args.default_seeds
+    with tqdm(total=len(args.tasks) * runs_a_task, desc="runs", smoothing=0.1) as progress:
         measurements = Measurements(
             backbone=backbone,
             protocol=protocol,
             load=cache(lambda name: make_task(name, photos, digits, test_digits, sizes)),
             image_size=SIDE,
-            file=lambda task, name: args.output / (f"{task}.remedies.json" if name in REMEDIES else f"{task}.json"),
+            file=lambda task, name: file_of(args.output, task, name),
             progress=progress,
         )
+        if args.default_seeds:
+            default.measure(measurements, args.tasks, args.default_seeds)
+            return
         for task in args.tasks:
             for name in args.methods:
                 measurements.searched(task, name, {**METHODS, **REMEDIES}[name])
+
+
+def file_of(output: Path, task: str, name: str) -> Path:
+    """Where the runs of a task and a method are kept."""
+    if name in default.DEFAULTS:
+        return output / "default" / f"{task}.json"
+    return output / (f"{task}.remedies.json" if name in REMEDIES else f"{task}.json")
 
 
 def main() -> None:
@@ -110,6 +124,9 @@ def main() -> None:
         metavar="METHOD",
         help=f"(default: all) {', '.join([*METHODS, *REMEDIES])}",
     )
+    parser.add_argument(
+        "--default_seeds", type=int, default=0, metavar="N", help="run the default with N seeds, and nothing else"
+    )
     parser.add_argument("--quick", action="store_true", help="one epoch on a handful of images, to see that it runs")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file to write the tables into")
@@ -121,6 +138,8 @@ def main() -> None:
     if args.data is None or args.write is not None or args.quick:
         runs = read(args.output)
         text = report(runs)
+        if (args.output / "default").exists():
+            text += f"\n\n**A default that is not searched.** {default.report(read(args.output / 'default'), runs)}"
         print(text)
         searched = chosen(runs)
         tasks = sorted(set(searched["task"]))

@@ -1,0 +1,112 @@
+"""What a default loses that is not searched: `FacTConfig()` at learning rates that follow from the backbone's width.
+
+    python -m benchmarks.frontier.default --backbone facebook/dinov2-small --data FOLDER --searched RESULTS
+    python -m benchmarks.frontier.default --output DEFAULT --searched RESULTS --write PAGE    # the table alone
+
+It is compared with the best of FacT on each task in RESULTS, of benchmarks.frontier, searched there on the validation
+images. With more seeds (--num_seeds 20) the last column tells how many did not train: ended 10 points below the median
+of their task. Each run is kept in DEFAULT/TASK.json and not repeated. The toy tasks have the same by `python -m
+benchmarks.frontier.toy --default_seeds 20`.
+"""
+
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from benchmarks.frontier.backbones import load
+from benchmarks.frontier.command_line import frontier_parser, parse
+from benchmarks.frontier.methods import Method, fact
+from benchmarks.frontier.report import accuracy_cell, chosen, is_fact, read, summary
+from benchmarks.frontier.search import Measurements, Protocol
+from benchmarks.frontier.tasks import CACHE, read_task, task_names
+from benchmarks.reporting.markdown import table, write_generated
+from fact_peft.architecture.blocks import find_block_linears, stream_width
+
+RATE_TIMES_WIDTH = 1.25  # of U and V
+CORE_RATIO = 4.0
+LOST = 10.0  # points below the median
+# By name, with the learning rate of the cores in units of that of U and V.
+DEFAULTS: dict[str, tuple[Method, float]] = {
+    "one rate": (fact("tt", 8), 1.0),
+    "cores four times as fast": (
+        replace(fact("tt", 8), multipliers={"fact_U": 1 / CORE_RATIO, "fact_V": 1 / CORE_RATIO}),
+        CORE_RATIO,
+    ),
+}
+
+
+def measure(measurements: Measurements, tasks: list[str], num_seeds: int) -> None:
+    """Run what is missing of every default on every task."""
+    shapes = find_block_linears(measurements.backbone.build(2)).values()
+    rate = RATE_TIMES_WIDTH / stream_width(shapes)
+    for task, seed, (name, (method, ratio)) in product(tasks, range(num_seeds), DEFAULTS.items()):
+        measurements.outcome(task, name, method, rate * ratio, seed)
+
+
+def best_of_fact(searched: pd.DataFrame) -> pd.DataFrame:
+    """By task the run of FacT with the best validation accuracy, of those that a search chose with the first seed."""
+    of_fact = chosen(searched)
+    of_fact = of_fact[of_fact["method"].map(is_fact) & (of_fact["seed"] == 0)]
+    return of_fact.loc[of_fact.groupby("task")["val_accuracy"].idxmax()].set_index("task")
+
+
+def report(runs: pd.DataFrame, searched: pd.DataFrame) -> str:
+    """Test accuracy of each default and what it is above the best of FacT, on the tasks that both have."""
+    best = best_of_fact(searched)
+    tasks = sorted(set(runs["task"]) & set(best.index))
+    best, runs = best.loc[tasks], runs[runs["task"].isin(tasks)]
+    points = summary(runs)
+    winners = [f"{row['test_accuracy']:.1f} ({row['method']})" for _, row in best.iterrows()]
+    rows = [["searched per task", *winners, f"{best['test_accuracy'].mean():.1f}", ""]]
+    for name, group in points.groupby("method", sort=False):
+        of_task = group.set_index("task").loc[tasks]
+        gains = of_task["mean"] - best["test_accuracy"]
+        cells = [f"{accuracy_cell(of_task.loc[task])} ({gains[task]:+.1f})" for task in tasks]
+        of_setting = runs[runs["method"] == name]
+        lost = f"{of_setting.groupby('task')['test_accuracy'].agg(num_lost).sum()} of {len(of_setting)}"
+        rows.append([name, *cells, f"{of_task['mean'].mean():.1f} ({gains.mean():+.1f})", lost])
+    rates = ", ".join(
+        f"{name} {group['learning_rate'].iloc[0]:.2g}" for name, group in runs.groupby("method", sort=False)
+    )
+    return (
+        f"FacT-TT r=8, seeds: {runs['seed'].nunique()}; learning rate of the cores: {rates}. Test accuracy in %, in "
+        f"brackets what it is above the search.\n\n{table(['setting', *tasks, 'mean', 'seeds lost'], rows)}"
+    )
+
+
+def num_lost(accuracies: pd.Series) -> int:
+    """How many runs on one task ended far below the median."""
+    return int((accuracies < accuracies.median() - LOST).sum())
+
+
+def main() -> None:
+    parser = frontier_parser(__doc__)
+    add = parser.add_argument
+    add("--tasks", nargs="+", help="(default: all in --data)")
+    add("--num_seeds", type=int, default=Protocol().num_seeds, help="(default: %(default)s)")
+    add("--searched", type=Path, metavar="RESULTS", required=True, help="results of benchmarks.frontier")
+    args = parse(parser, "frontier/default")
+    if args.data is not None:
+        tasks = args.tasks or task_names(args.data)
+        with tqdm(total=len(tasks) * len(DEFAULTS) * args.num_seeds, desc="runs", smoothing=0.1) as progress:
+            measurements = Measurements(
+                backbone=load(args.backbone, args.precision),
+                protocol=Protocol(args.epochs, args.batch_size),
+                load=cache(lambda task: read_task(args.data, task, args.image_size, CACHE)),
+                image_size=args.image_size,
+                file=lambda task, method: args.output / f"{task}.json",
+                progress=progress,
+            )
+            measure(measurements, tasks, args.num_seeds)
+    text = report(read(args.output), read(args.searched))
+    print(text)
+    if args.write is not None:
+        write_generated(args.write, f"python -m benchmarks.frontier.default --output {args.output}", text)
+
+
+if __name__ == "__main__":
+    main()
