@@ -223,8 +223,8 @@ def test_quick_run_measures_each_setting_once(tmp_path):
     assert "count, LoRA r=1, rate" in first
     again = run()
     assert "rate 0.004, seed 0" in first and "seed 0:" not in again
-    default = run("--default_seeds", "2")
+    default = run("--default_seeds", "2", "--methods", "FacT-TT r=8")
     records = json.loads((tmp_path / "out" / "default" / "count.json").read_text())
-    assert len({json.dumps(record["setting"]) for record in records}) == len(records) == 2 * 2
-    assert {record["setting"]["learning_rate"] for record in records} == {1.25 / 32, 4 * 1.25 / 32}
-    assert "| one rate |" in default and " of 2 |" in default
+    assert len({json.dumps(record["setting"]) for record in records}) == len(records) == 2
+    assert {record["setting"]["learning_rate"] for record in records} == {1.25 / 32}
+    assert "**A default that is not searched.**" in default and " of 2 |" in default

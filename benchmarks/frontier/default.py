@@ -1,4 +1,4 @@
-"""What a default loses that is not searched: `FacTConfig()` at learning rates that follow from the backbone's width.
+"""What a default loses that is not searched: `FacTConfig()` at a learning rate that follows from the backbone's width.
 
     python -m benchmarks.frontier.default --backbone facebook/dinov2-small --data FOLDER --searched RESULTS
     python -m benchmarks.frontier.default --output DEFAULT --searched RESULTS --write PAGE    # the table alone
@@ -9,7 +9,7 @@ of their task. Each run is kept in DEFAULT/TASK.json and not repeated. The toy t
 benchmarks.frontier.toy --default_seeds 20`.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -19,32 +19,23 @@ from tqdm.auto import tqdm
 
 from benchmarks.frontier.backbones import load
 from benchmarks.frontier.command_line import frontier_parser, parse
-from benchmarks.frontier.methods import Method, fact
+from benchmarks.frontier.methods import METHODS, Method
 from benchmarks.frontier.report import accuracy_cell, chosen, is_fact, read, summary
 from benchmarks.frontier.search import Measurements, Protocol
 from benchmarks.frontier.tasks import CACHE, read_task, task_names
 from benchmarks.reporting.markdown import table, write_generated
 from fact_peft.architecture.blocks import find_block_linears, stream_width
 
-RATE_TIMES_WIDTH = 1.25  # of U and V
-CORE_RATIO = 4.0
+RATE_TIMES_WIDTH = 1.25
 LOST = 10.0  # points below the median
-# By name, with the learning rate of the cores in units of that of U and V.
-DEFAULTS: dict[str, tuple[Method, float]] = {
-    "one rate": (fact("tt", 8), 1.0),
-    "cores four times as fast": (
-        replace(fact("tt", 8), multipliers={"fact_U": 1 / CORE_RATIO, "fact_V": 1 / CORE_RATIO}),
-        CORE_RATIO,
-    ),
-}
+DEFAULT = "FacT-TT r=8"  # what FacTConfig() is
 
 
-def measure(measurements: Measurements, tasks: list[str], num_seeds: int) -> None:
-    """Run what is missing of every default on every task."""
-    shapes = find_block_linears(measurements.backbone.build(2)).values()
-    rate = RATE_TIMES_WIDTH / stream_width(shapes)
-    for task, seed, (name, (method, ratio)) in product(tasks, range(num_seeds), DEFAULTS.items()):
-        measurements.outcome(task, name, method, rate * ratio, seed)
+def measure(measurements: Measurements, tasks: list[str], methods: Mapping[str, Method], num_seeds: int) -> None:
+    """Run what is missing of the methods on every task, at the rate of the backbone's width."""
+    width = stream_width(find_block_linears(measurements.backbone.build(2)).values())
+    for task, seed, (name, method) in product(tasks, range(num_seeds), methods.items()):
+        measurements.outcome(task, name, method, RATE_TIMES_WIDTH / width, seed)
 
 
 def best_of_fact(searched: pd.DataFrame) -> pd.DataFrame:
@@ -55,7 +46,7 @@ def best_of_fact(searched: pd.DataFrame) -> pd.DataFrame:
 
 
 def report(runs: pd.DataFrame, searched: pd.DataFrame) -> str:
-    """Test accuracy of each default and what it is above the best of FacT, on the tasks that both have."""
+    """Test accuracy at the default's rate and what it is above the best of FacT, on the tasks that both have."""
     best = best_of_fact(searched)
     tasks = sorted(set(runs["task"]) & set(best.index))
     best, runs = best.loc[tasks], runs[runs["task"].isin(tasks)]
@@ -69,12 +60,10 @@ def report(runs: pd.DataFrame, searched: pd.DataFrame) -> str:
         of_setting = runs[runs["method"] == name]
         lost = f"{of_setting.groupby('task')['test_accuracy'].agg(num_lost).sum()} of {len(of_setting)}"
         rows.append([name, *cells, f"{of_task['mean'].mean():.1f} ({gains.mean():+.1f})", lost])
-    rates = ", ".join(
-        f"{name} {group['learning_rate'].iloc[0]:.2g}" for name, group in runs.groupby("method", sort=False)
-    )
+    rates = ", ".join(f"{rate:.2g}" for rate in sorted(set(runs["learning_rate"])))
     return (
-        f"FacT-TT r=8, seeds: {runs['seed'].nunique()}; learning rate of the cores: {rates}. Test accuracy in %, in "
-        f"brackets what it is above the search.\n\n{table(['setting', *tasks, 'mean', 'seeds lost'], rows)}"
+        f"Learning rate {rates}, seeds: {runs['seed'].nunique()}. Test accuracy in %, in brackets what it is above the "
+        f"search.\n\n{table(['setting', *tasks, 'mean', 'seeds lost'], rows)}"
     )
 
 
@@ -87,12 +76,13 @@ def main() -> None:
     parser = frontier_parser(__doc__)
     add = parser.add_argument
     add("--tasks", nargs="+", help="(default: all in --data)")
+    add("--methods", nargs="+", choices=METHODS, default=[DEFAULT], metavar="METHOD", help="(default: %(default)s)")
     add("--num_seeds", type=int, default=Protocol().num_seeds, help="(default: %(default)s)")
     add("--searched", type=Path, metavar="RESULTS", required=True, help="results of benchmarks.frontier")
     args = parse(parser, "frontier/default")
     if args.data is not None:
         tasks = args.tasks or task_names(args.data)
-        with tqdm(total=len(tasks) * len(DEFAULTS) * args.num_seeds, desc="runs", smoothing=0.1) as progress:
+        with tqdm(total=len(tasks) * len(args.methods) * args.num_seeds, desc="runs", smoothing=0.1) as progress:
             measurements = Measurements(
                 backbone=load(args.backbone, args.precision),
                 protocol=Protocol(args.epochs, args.batch_size),
@@ -101,7 +91,7 @@ def main() -> None:
                 file=lambda task, method: args.output / f"{task}.json",
                 progress=progress,
             )
-            measure(measurements, tasks, args.num_seeds)
+            measure(measurements, tasks, {name: METHODS[name] for name in args.methods}, args.num_seeds)
     text = report(read(args.output), read(args.searched))
     print(text)
     if args.write is not None:

@@ -3,7 +3,7 @@
     python -m benchmarks.frontier.toy --data FOLDER                                  # measures what is missing
     python -m benchmarks.frontier.toy --write benchmarks/frontier/toy/README.md      # tables and plot of what there is
     python -m benchmarks.frontier.toy --data FOLDER --backbone VIT --output OUT --write PAGE    # on another backbone
-    python -m benchmarks.frontier.toy --data FOLDER --default_seeds 20               # as benchmarks.frontier.default
+    python -m benchmarks.frontier.toy --data FOLDER --default_seeds 20    # as frontier.default does
 
 FOLDER holds cifar10-train.parquet, cifar10-test.parquet, mnist-train.parquet and mnist-test.parquet with the columns
 image ({"bytes": ...}) and label. Without --backbone a small ViT is pretrained on CIFAR-10 first and kept in
@@ -79,31 +79,29 @@ def measure(args: argparse.Namespace) -> None:
         shape = {field: getattr(pretrained.config, field) for field in fields}
         measured = {"test_accuracy": accuracy(backbone, pretrained, photos), **shape}
         backbones.add({"backbone": backbone.fingerprint}, measured)
-    runs_a_task = len(args.methods) * (protocol.trials + protocol.num_seeds - 1)
-    if args.default_seeds:
-        runs_a_task = len(default.DEFAULTS) * args.default_seeds
-    with tqdm(total=len(args.tasks) * runs_a_task, desc="runs", smoothing=0.1) as progress:
+    methods = {name: {**METHODS, **REMEDIES}[name] for name in args.methods}
+
+    def file(task: str, name: str) -> Path:
+        if args.default_seeds:
+            return args.output / "default" / f"{task}.json"
+        return args.output / (f"{task}.remedies.json" if name in REMEDIES else f"{task}.json")
+
+    runs_a_method = args.default_seeds or protocol.trials + protocol.num_seeds - 1
+    with tqdm(total=len(args.tasks) * len(args.methods) * runs_a_method, desc="runs", smoothing=0.1) as progress:
         measurements = Measurements(
             backbone=backbone,
             protocol=protocol,
             load=cache(lambda name: make_task(name, photos, digits, test_digits, sizes)),
             image_size=SIDE,
-            file=lambda task, name: file_of(args.output, task, name),
+            file=file,
             progress=progress,
         )
         if args.default_seeds:
-            default.measure(measurements, args.tasks, args.default_seeds)
+            default.measure(measurements, args.tasks, methods, args.default_seeds)
             return
         for task in args.tasks:
-            for name in args.methods:
-                measurements.searched(task, name, {**METHODS, **REMEDIES}[name])
-
-
-def file_of(output: Path, task: str, name: str) -> Path:
-    """Where the runs of a task and a method are kept."""
-    if name in default.DEFAULTS:
-        return output / "default" / f"{task}.json"
-    return output / (f"{task}.remedies.json" if name in REMEDIES else f"{task}.json")
+            for name, method in methods.items():
+                measurements.searched(task, name, method)
 
 
 def main() -> None:
@@ -125,7 +123,7 @@ def main() -> None:
         help=f"(default: all) {', '.join([*METHODS, *REMEDIES])}",
     )
     parser.add_argument(
-        "--default_seeds", type=int, default=0, metavar="N", help="run the default with N seeds, and nothing else"
+        "--default_seeds", type=int, default=0, metavar="N", help="no search, but N seeds at the default's rate"
     )
     parser.add_argument("--quick", action="store_true", help="one epoch on a handful of images, to see that it runs")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
