@@ -376,7 +376,7 @@ def test_the_default_is_run_at_the_rate_of_the_width_and_compared_with_the_searc
     tried = [(record["setting"]["learning_rate"], record["setting"]["seed"]) for record in records]
     assert sorted(tried) == [(1.25 / 32, 0), (1.25 / 32, 1)]
     best = chosen(read(searched))["test_accuracy"].item()
-    assert f"| searched per task | {best:.1f} (FacT-TT r=1) | {best:.1f} |" in text
+    assert f"| best of all searched | {best:.1f} (FacT-TT r=1) | {best:.1f} |" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| FacT-TT r=8 |"))
     gain = np.mean([record["measured"]["test_accuracy"] for record in records]) - best
     assert row.count(f"({gain:+.1f}) |") == 2 and row.endswith(" of 2 |")

@@ -228,8 +228,10 @@ def conditions(runs: pd.DataFrame) -> str:
 
 
 def report(runs: pd.DataFrame, kinds: Mapping[str, str], choosing: list[str]) -> str:
-    """All tables as Markdown."""
+    """All tables as Markdown; with `choosing`, those of the search are of these tasks alone."""
     searched, with_fixed = chosen(runs), fixed(runs, choosing)
+    if choosing:
+        searched = searched[searched["task"].isin(choosing)]
     paragraphs = [conditions(runs)]
     if len(searched):
         paragraphs += [
