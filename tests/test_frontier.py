@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,7 @@ from benchmarks.frontier import tasks
 from benchmarks.frontier.backbones import load
 from benchmarks.frontier.bottlenecks import SCALE, Bottlenecks
 from benchmarks.frontier.bytes.report import WAY
-from benchmarks.frontier.default import num_lost
+from benchmarks.frontier.default import num_lost, report
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.prompts import DeepPrompts
 from benchmarks.frontier.rates import with_ratio
@@ -380,6 +381,17 @@ def test_the_default_is_run_at_the_rate_of_the_width_and_compared_with_the_searc
     (row,) = (line for line in text.splitlines() if line.startswith("| FacT-TT r=8 |"))
     gain = np.mean([record["measured"]["test_accuracy"] for record in records]) - best
     assert row.count(f"({gain:+.1f}) |") == 2 and row.endswith(" of 2 |")
+
+
+def test_a_default_that_was_not_run_on_all_tasks_is_left_out():
+    def run(task: str, method: str, rate: float, accuracy: float) -> dict[str, Any]:
+        scores = {"val_accuracy": accuracy, "test_accuracy": accuracy}
+        return {"task": task, "method": method, "learning_rate": rate, "seed": 0, "parameters": 1, **scores}
+
+    searched = [run(task, "FacT-TT r=1", rate, 50 + rate) for task in "ab" for rate in (1, 2)]
+    ours = [run("a", "FacT-TT r=8", 3, 55), run("b", "FacT-TT r=8", 3, 50), run("a", "FacT-TT r=16", 3, 60)]
+    text = report(*(pd.DataFrame(runs).assign(sizes=[(9, 9, 9)] * len(runs)) for runs in (ours, searched)))
+    assert "| FacT-TT r=8 | 55.0 (+3.0) | 50.0 (-2.0) | 52.5 (+0.5) | 0 of 2 |" in text and "r=16" not in text
 
 
 def test_a_seed_that_did_not_train_is_counted():
