@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,11 +29,12 @@ from benchmarks.frontier import tasks
 from benchmarks.frontier.backbones import load
 from benchmarks.frontier.bottlenecks import SCALE, Bottlenecks
 from benchmarks.frontier.bytes.report import WAY
-from benchmarks.frontier.default import num_lost, report
+from benchmarks.frontier.default import num_lost
+from benchmarks.frontier.default import report as compare_default
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.prompts import DeepPrompts
 from benchmarks.frontier.rates import with_ratio
-from benchmarks.frontier.report import best_rates, chosen, fixed, means, panels, read
+from benchmarks.frontier.report import best_rates, chosen, fixed, means, panels, read, report
 from benchmarks.frontier.search import groups, is_head, trained_parameters
 from benchmarks.frontier.shots import few
 from benchmarks.frontier.tasks import Labelled, Task, kinds, read_task, task_names
@@ -384,14 +384,22 @@ def test_the_default_is_run_at_the_rate_of_the_width_and_compared_with_the_searc
 
 
 def test_a_default_that_was_not_run_on_all_tasks_is_left_out():
-    def run(task: str, method: str, rate: float, accuracy: float) -> dict[str, Any]:
-        scores = {"val_accuracy": accuracy, "test_accuracy": accuracy}
-        return {"task": task, "method": method, "learning_rate": rate, "seed": 0, "parameters": 1, **scores}
+    searched = [(task, "FacT-TT r=1", rate, 0, 50 + rate, 50 + rate) for task in "ab" for rate in (1.0, 2.0)]
+    ours = [
+        ("a", "FacT-TT r=8", 3.0, 0, 0, 55),
+        ("b", "FacT-TT r=8", 3.0, 0, 0, 50),
+        ("a", "FacT-TT r=16", 3.0, 0, 0, 60),
+    ]
+    text = compare_default(runs(*ours), runs(*searched))
+    # One seed is its own median and cannot be told to be lost.
+    assert "| FacT-TT r=8 | 55.0 (+3.0) | 50.0 (-2.0) | 52.5 (+0.5) |  |" in text and "r=16" not in text
 
-    searched = [run(task, "FacT-TT r=1", rate, 50 + rate) for task in "ab" for rate in (1, 2)]
-    ours = [run("a", "FacT-TT r=8", 3, 55), run("b", "FacT-TT r=8", 3, 50), run("a", "FacT-TT r=16", 3, 60)]
-    text = report(*(pd.DataFrame(runs).assign(sizes=[(9, 9, 9)] * len(runs)) for runs in (ours, searched)))
-    assert "| FacT-TT r=8 | 55.0 (+3.0) | 50.0 (-2.0) | 52.5 (+0.5) | 0 of 2 |" in text and "r=16" not in text
+
+def test_with_choosing_tasks_the_table_of_the_search_is_of_them_alone():
+    measured = runs(*((task, "m", rate, 0, rate, 10 * rate) for task in "abc" for rate in (1.0, 2.0)))
+    measured = measured.assign(image_size=8, precision="float32", epochs=1, batch_size=1)
+    assert "| method | parameters | a | b | c | mean |" in report(measured, {}, [])
+    assert "| method | parameters | a | b | mean |" in report(measured, {}, ["a", "b"])
 
 
 def test_a_seed_that_did_not_train_is_counted():

@@ -20,17 +20,15 @@ goes on, and processes can share RESULTS if each has tasks of its own. PAGE gets
 """
 
 import argparse
-from functools import cache
 
 from tqdm.auto import tqdm
 
-from benchmarks.frontier.backbones import load
-from benchmarks.frontier.command_line import frontier_parser, parse
+from benchmarks.frontier.command_line import frontier_parser, measurements_of, parse
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.plot import plot
 from benchmarks.frontier.report import chosen, fixed, panels, read, report
-from benchmarks.frontier.search import Measurements, Protocol
-from benchmarks.frontier.tasks import CACHE, KINDS, kinds, read_task, task_names
+from benchmarks.frontier.search import Protocol
+from benchmarks.frontier.tasks import KINDS, kinds, task_names
 from benchmarks.reporting.markdown import write_generated
 
 
@@ -41,14 +39,7 @@ def measure(args: argparse.Namespace) -> None:
     num_searched = len(args.choose_on or tasks) * protocol.trials
     num_others = len(set(tasks) - set(args.choose_on)) * (protocol.num_seeds - (not args.choose_on))
     with tqdm(total=len(args.methods) * (num_searched + num_others), desc="runs", smoothing=0.1) as progress:
-        measurements = Measurements(
-            backbone=load(args.backbone, args.precision),
-            protocol=protocol,
-            load=cache(lambda task: read_task(args.data, task, args.image_size, CACHE)),
-            image_size=args.image_size,
-            file=lambda task, method: args.output / f"{task}.json",
-            progress=progress,
-        )
+        measurements = measurements_of(args, protocol, progress)
         for name in args.methods:
             if args.choose_on:
                 measurements.fixed(args.choose_on, tasks, name, METHODS[name])

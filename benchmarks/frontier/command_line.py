@@ -2,13 +2,16 @@
 
 import argparse
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from benchmarks.frontier.backbones import local_name
-from benchmarks.frontier.search import Protocol
+from benchmarks.frontier.backbones import load, local_name
+from benchmarks.frontier.search import Measurements, Protocol
+from benchmarks.frontier.tasks import CACHE, read_task
 
 
 def frontier_parser(description: str | None) -> argparse.ArgumentParser:
@@ -47,3 +50,15 @@ def parse(parser: argparse.ArgumentParser, folder: str, needed: Iterable[str] = 
     logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     return args
+
+
+def measurements_of(args: argparse.Namespace, protocol: Protocol, progress: tqdm) -> Measurements:
+    """Runs of the backbone on the folder of tasks that the command line names, kept in a file a task."""
+    return Measurements(
+        backbone=load(args.backbone, args.precision),
+        protocol=protocol,
+        load=cache(lambda task: read_task(args.data, task, args.image_size, CACHE)),
+        image_size=args.image_size,
+        file=lambda task, method: args.output / f"{task}.json",
+        progress=progress,
+    )

@@ -9,18 +9,15 @@ repeated; processes can share RATES if each has tasks of its own.
 
 import argparse
 from dataclasses import replace
-from functools import cache
 from itertools import product
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from benchmarks.frontier.backbones import load
-from benchmarks.frontier.command_line import frontier_parser, parse
+from benchmarks.frontier.command_line import frontier_parser, measurements_of, parse
 from benchmarks.frontier.methods import Method, fact, orthogonal
 from benchmarks.frontier.report import read
-from benchmarks.frontier.search import SEARCH_SEED, Measurements, Protocol
-from benchmarks.frontier.tasks import CACHE, read_task
+from benchmarks.frontier.search import SEARCH_SEED, Protocol
 from benchmarks.reporting.markdown import table, write_generated
 
 RANK = 8
@@ -37,14 +34,7 @@ def with_ratio(start: str, ratio: float) -> tuple[str, Method]:
 def measure(args: argparse.Namespace) -> None:
     """Run what is missing of the tasks of the command line."""
     with tqdm(total=len(args.tasks) * len(STARTS) * len(RATES) ** 2, desc="runs", smoothing=0.1) as progress:
-        measurements = Measurements(
-            backbone=load(args.backbone, args.precision),
-            protocol=Protocol(args.epochs, args.batch_size),
-            load=cache(lambda task: read_task(args.data, task, args.image_size, CACHE)),
-            image_size=args.image_size,
-            file=lambda task, method: args.output / f"{task}.json",
-            progress=progress,
-        )
+        measurements = measurements_of(args, Protocol(args.epochs, args.batch_size), progress)
         for task, start, shared, core in product(args.tasks, STARTS, RATES, RATES):
             measurements.outcome(task, *with_ratio(start, shared / core), core, SEARCH_SEED)
 

@@ -137,8 +137,8 @@ def main() -> None:
         runs = read(args.output)
         text = report(runs)
         if (args.output / "default").exists():
-            searched = runs[runs["method"].isin(METHODS)]
-            text += f"\n\n**A default that is not searched.** {default.report(read(args.output / 'default'), searched)}"
+            compared = default.report(read(args.output / "default"), runs[runs["method"].isin(METHODS)])
+            text += f"\n\n**A default that is not searched.** {compared}"
         print(text)
         searched = chosen(runs)
         tasks = sorted(set(searched["task"]))
