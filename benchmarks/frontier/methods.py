@@ -125,8 +125,8 @@ METHODS: dict[str, Method] = {
     "UniLoRA d=4096": other("UniLoRA", UniLoraConfig, r=4, theta_d_length=4096),
     # The authors train the spectrum at rates near 0.1.
     "FourierFT n=1000": Method("FourierFT", partial(by_fourier, n_frequency=1000), multipliers={"spectrum": 16.0}),
-    **{f"FacT-TT r={rank}": fact("tt", rank) for rank in (1, 4, 8, 16)},
+    **{f"FacT-TT r={rank}": fact("tt", rank) for rank in (1, 4, 8, 16, 32)},
     **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 32)},
-    **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (1, 4, 8, 16)},
+    **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (1, 4, 8, 16, 32)},
     **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 16, 32)},
 }
