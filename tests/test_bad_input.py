@@ -31,7 +31,7 @@ from fact_peft import FacTConfig
         ({"fact_dropout": math.nan}, "fact_dropout=nan is not finite"),
         ({"bias": "lora_only"}, "bias='lora_only' is unknown; choose one of 'none', 'all', 'fact_only'"),
         ({"fan_in_fan_out": 1}, "fan_in_fan_out=1 is not a bool"),
-        ({"init_weights": "pissa"}, r"init_weights='pissa' is unknown; choose True \(V = 0\), 'orthogonal'"),
+        ({"init_weights": "pissa"}, r"init_weights='pissa' is unknown; choose 'orthogonal' \(zero cores\), True"),
         ({"init_weights": 1}, "init_weights=1 is unknown"),
         ({"scale": 10**400}, "scale is an integer too large for a float"),
         ({"scale": 1e308}, r"scale=1e\+308 does not fit a float32, .* use a scale in \[0.01, 100\]"),

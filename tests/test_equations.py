@@ -126,12 +126,33 @@ def _targets(config, names):
 
 
 def test_authors_initialisation():
-    model = get_peft_model(make_backbone("vit"), FacTConfig(rank=8))
+    model = get_peft_model(make_backbone("vit"), FacTConfig(rank=8, init_weights=True))
     factors = model.get_base_model().factors["32x32"].factors("default")
     assert not factors["V"].any()
     for name, fan_in in (("U", 32), ("Sigma", 8)):
         bound = fan_in**-0.5
         assert 0.9 * bound < factors[name].abs().max() <= bound
+    torch.testing.assert_close(logits(model.eval(), images()), logits(make_backbone("vit"), images()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [({}, 2.0), ({"rank": 8}, 4.0), ({"rank": 8, "scale": 0.1}, 0.1), ({"init_weights": True}, 1.0),
+     ({"init_weights": False}, 1.0)],
+)  # fmt: skip
+def test_the_default_scale_follows_from_start_and_rank(settings, scale, tmp_path):
+    config = FacTConfig(**settings)
+    assert config.scale == scale
+    config.save_pretrained(tmp_path)
+    assert FacTConfig.from_pretrained(tmp_path).scale == scale
+
+
+def test_the_default_start_is_the_orthogonal_one():
+    model = get_peft_model(make_backbone("vit"), FacTConfig())
+    factors = model.get_base_model().factors["32x32"].factors("default")
+    torch.testing.assert_close(factors["U"].T @ factors["U"], torch.eye(16))
+    torch.testing.assert_close(factors["V"].T @ factors["V"], torch.eye(16))
+    assert not factors["Sigma"].any()
     torch.testing.assert_close(logits(model.eval(), images()), logits(make_backbone("vit"), images()))
 
 

@@ -33,10 +33,10 @@ from benchmarks.frontier.default import num_lost
 from benchmarks.frontier.default import report as compare_default
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.prompts import DeepPrompts
-from benchmarks.frontier.rates import with_ratio
 from benchmarks.frontier.report import best_rates, chosen, fixed, means, panels, read, report
 from benchmarks.frontier.search import groups, is_head, trained_parameters
 from benchmarks.frontier.shots import few
+from benchmarks.frontier.starts import starts
 from benchmarks.frontier.tasks import Labelled, Task, kinds, read_task, task_names
 
 ROOT = Path(__file__).parents[1]
@@ -349,20 +349,22 @@ def test_few_shot_runs_at_the_rates_chosen_elsewhere(folder, run_module):
         run_module("benchmarks.frontier.shots", *common[:-3], "--methods", "BitFit", *more, "--output", shots)
 
 
-def test_two_rates_are_run_in_every_pair_and_move_what_they_are_of(folder, run_module):
-    _, method = with_ratio("authors' start, scale 1", 0.25)
-    model = method.adapt(dinov2(), NONE)
-    rates = {id(group["params"][0]): group["lr"] for group in groups(trained_parameters(model), [], method, 1e-2)}
+def test_every_start_is_run_and_two_rates_move_what_they_are_of(folder, run_module):
+    (two_rates,) = (start for start in starts(8) if start.title == "authors', two rates")
+    model = two_rates.method.adapt(dinov2(), NONE)
+    settings = groups(trained_parameters(model), [], two_rates.method, two_rates.rate)
+    rates = {id(group["params"][0]): group["lr"] for group in settings}
     of = {key: rates[id(p)] for key, p in model.named_parameters() if ".fact_" in key}
-    assert {rate for key, rate in of.items() if ".fact_Sigma." not in key} == {2.5e-3}
-    assert {rate for key, rate in of.items() if ".fact_Sigma." in key} == {1e-2}
-    output = folder / "rates"
+    assert {rate for key, rate in of.items() if ".fact_Sigma." not in key} == {4e-3}
+    assert {rate for key, rate in of.items() if ".fact_Sigma." in key} == {1.6e-2}
+    output = folder / "starts"
     common = ["--backbone", folder / "backbone", "--data", folder / "tasks", "--tasks", "own", "--image_size", SIZE]
-    text = run_module("benchmarks.frontier.rates", *common, "--epochs", 1, "--batch_size", 6, "--output", output)
+    common += ["--epochs", 2, "--batch_size", 6, "--ranks", 8, "--output", output]
+    text = run_module("benchmarks.frontier.starts", *common)
     records = json.loads((output / "own.json").read_text())
-    assert len(records) == 18 and "nan" not in text
-    assert len({(r["setting"]["method"], r["setting"]["learning_rate"]) for r in records}) == 18
-    assert "| 0.001 | 0.016 |" in text
+    assert len(records) == 5 == len({record["setting"]["method"] for record in records})
+    assert len({record["measured"]["train_loss"] for record in records}) == 5
+    assert all(f"| 8 | {start.title} |" in text for start in starts(8)) and "nan" not in text
 
 
 def test_the_default_is_run_at_the_rate_of_the_width_and_compared_with_the_search(folder, run_module):
@@ -378,7 +380,7 @@ def test_the_default_is_run_at_the_rate_of_the_width_and_compared_with_the_searc
     assert sorted(tried) == [(1.25 / 32, 0), (1.25 / 32, 1)]
     best = chosen(read(searched))["test_accuracy"].item()
     assert f"| best of all searched | {best:.1f} (FacT-TT r=1) | {best:.1f} |" in text
-    (row,) = (line for line in text.splitlines() if line.startswith("| FacT-TT r=8 |"))
+    (row,) = (line for line in text.splitlines() if line.startswith("| FacT-TT r=16, orthogonal |"))
     gain = np.mean([record["measured"]["test_accuracy"] for record in records]) - best
     assert row.count(f"({gain:+.1f}) |") == 2 and row.endswith(" of 2 |")
 

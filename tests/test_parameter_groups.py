@@ -42,6 +42,12 @@ def test_a_step_moves_what_is_shared_less():
     assert max(size for name, size in moved.items() if ".fact_Sigma." in name) == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.parametrize(("start", "shared"), [(True, 1e-3), ("orthogonal", 4e-3)])
+def test_the_ratio_follows_from_the_start(start, shared):
+    rates = {group["name"]: group["lr"] for group in parameter_groups(adapted(init_weights=start), 4e-3)}
+    assert rates == {"shared": shared, "cores": 4e-3, "rest": 4e-3}
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"), [({"lr": 0.0}, "lr=0.0"), ({"lr": 1.0, "shared_lr_ratio": -1}, "shared_lr_ratio=-1"),
                              ({"lr": 1.0, "head_lr": float("nan")}, "head_lr=nan")]

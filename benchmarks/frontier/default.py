@@ -28,7 +28,7 @@ from fact_peft.architecture.blocks import find_block_linears, stream_width
 # three widths: 1.6e-2 at 64 and 128, 4e-3 at 384.
 RATE_TIMES_WIDTH = 1.25
 LOST = 10.0  # points below the median
-DEFAULT = "FacT-TT r=8"  # what FacTConfig() is
+DEFAULT = "FacT-TT r=16, orthogonal"  # what FacTConfig() is
 
 
 def measure(measurements: Measurements, tasks: list[str], methods: Mapping[str, Method], num_seeds: int) -> None:

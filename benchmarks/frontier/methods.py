@@ -93,7 +93,7 @@ def by_fact(model: nn.Module, train: Labelled, **settings: Any) -> nn.Module:
 
 def fact(decomposition: str, rank: int, multipliers: Mapping[str, float] | None = None, **settings: Any) -> Method:
     """FacT as the authors start it, at scale 1."""
-    adapt = partial(by_fact, decomposition=decomposition, rank=rank, **settings)
+    adapt = partial(by_fact, **{"decomposition": decomposition, "rank": rank, "init_weights": True, **settings})
     return Method(f"FacT-{decomposition.upper()}", adapt, multipliers or {})
 
 

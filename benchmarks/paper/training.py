@@ -75,7 +75,13 @@ def stochastic_depth(model: nn.Module) -> float:
 
 
 def adapt(job: Job) -> PeftModel:
-    config = FacTConfig(rank=job.rank, decomposition=job.decomposition, scale=job.scale, fact_dropout=job.fact_dropout)
+    config = FacTConfig(
+        rank=job.rank,
+        decomposition=job.decomposition,
+        scale=job.scale,
+        fact_dropout=job.fact_dropout,
+        init_weights=True,  # as the authors
+    )
     return get_peft_model(load_backbone(job), config)
 
 

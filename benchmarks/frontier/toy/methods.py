@@ -38,7 +38,7 @@ def by_started_fact(
     """FacT, initialised by `init`."""
     weights = slices_of(model, {name: model.get_submodule(name).weight for name in find_block_linears(model)})
     gradients = slices_of(model, mean_gradients(model, train)) if init is from_gradients else weights
-    config = FacTConfig(rank=rank, decomposition=decomposition, scale=scale)
+    config = FacTConfig(rank=rank, decomposition=decomposition, scale=scale, init_weights=True)
     model = get_peft_model(model, config)
     (stack,) = model.get_base_model().factors.values()
     with torch.no_grad():

@@ -90,6 +90,7 @@ def assemble(
     config = FacTConfig(
         rank=rank,
         scale=scale,
+        init_weights=True,
         fact_dropout=0.1,  # of all donors
         target_modules={part for name, layer in layers.items() for part in part_names(target(name), layer.parts)},
         share=share,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -13,19 +14,20 @@ SHARED = ("fact_U", "fact_V")
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, *, shared_lr_ratio: float = 0.25, head_lr: float | None = None
+    model: nn.Module, lr: float, *, shared_lr_ratio: float | None = None, head_lr: float | None = None
 ) -> list[dict[str, Any]]:
     """What an adapted model trains, for an optimizer: ``torch.optim.AdamW(parameter_groups(model, 4e-3))``.
 
     U and V are shared by all slices, so that one step of them moves every increment at once; a core moves one, and may
-    go faster. Four times as fast gained 1 point on the toy tasks of benchmarks/frontier/toy from the authors' start.
-    From the orthogonal start at a scale of 32 / r that ratio is in the scale already: pass 1 for it.
+    go faster: four times as fast from the authors' start (benchmarks/frontier). In the scale of 32 / rank of the
+    orthogonal start that is contained already.
 
     Args:
         model: An adapted model, or one in which FacT was injected; before or after it was wrapped for several GPUs by
             anything that keeps its parameters.
         lr: Learning rate of the cores.
-        shared_lr_ratio: Learning rate of U and V, in units of `lr`.
+        shared_lr_ratio: Learning rate of U and V, in units of `lr`. None: 1 from the orthogonal start, which is the
+            default, else 0.25.
         head_lr: Learning rate of all else that is trained, such as the classifier; None: `lr`.
 
     Returns:
@@ -34,14 +36,16 @@ def parameter_groups(
     Raises:
         ValueError: If a rate or the ratio is not positive and finite, or if the model trains no factor.
     """
+    stacks = [module for module in model.modules() if isinstance(module, FacTStack)]
+    if shared_lr_ratio is None:
+        shared_lr_ratio = 1.0 if "orthogonal" in starts(stacks) else 0.25
     rest_lr = lr if head_lr is None else head_lr
     for name, value in (("lr", lr), ("shared_lr_ratio", shared_lr_ratio), ("head_lr", rest_lr)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value!r} is not a positive number; pass one such as lr=4e-3.")
     kinds = {
         id(factor): "shared" if kind in SHARED else "cores"
-        for stack in model.modules()
-        if isinstance(stack, FacTStack)
+        for stack in stacks
         for kind in stack.adapter_layer_names
         for factor in getattr(stack, kind).values()
     }
@@ -56,3 +60,13 @@ def parameter_groups(
             "and not in inference mode."
         )
     return [group for group in groups.values() if group["params"]]
+
+
+def starts(stacks: Iterable[FacTStack]) -> set[bool | str]:
+    """The `init_weights` of the adapters that are trained."""
+    return {
+        stack.fact_config[name].init_weights
+        for stack in stacks
+        for name, factor in stack.fact_U.items()
+        if factor.requires_grad
+    }

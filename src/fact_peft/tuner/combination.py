@@ -26,6 +26,7 @@ def combined_config(model: nn.Module, configs: dict[str, FacTConfig]) -> FacTCon
     heads = [name for config in configs.values() for name in config.modules_to_save or []]
     return FacTConfig(
         rank=sum(config.rank for config in configs.values()),
+        scale=1.0,  # those of the summands are in the cores
         target_modules={
             part
             for name, layer in model.named_modules()

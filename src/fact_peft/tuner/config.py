@@ -19,6 +19,8 @@ from ..storage.packing import WIDTHS
 
 # Fields that version 0.1 warns of: left out of the file where they say what it does anyway.
 UNKNOWN_TO_0_1 = {"share": "model", "storage": None, "head_storage": None}
+# Times the rank: with it cores move as far as U and V do at the rate that suits these (benchmarks/frontier).
+ORTHOGONAL_SCALE = 32.0
 STORAGES = ("float32", "float16", "bfloat16", *(f"int{bits}" for bits in WIDTHS))
 
 
@@ -27,7 +29,8 @@ class FacTConfig(PeftConfig):
     """Configuration of FacT, Factor-Tuning (Jie & Deng, AAAI 2023, arXiv 2212.03145).
 
     The increments of all targeted linear layers of one width are one tensor, factorized as ``dW_k = scale * U Sigma_k
-    V^T`` with U and V shared by all layers. A ViT-B/16 gets 21,504 trainable parameters at the default rank of 8.
+    V^T`` with U and V shared by all layers. A ViT-B/16 gets 61,440 trainable parameters at the default rank of 16, and
+    8,448 at rank 4.
 
     This is what a user asks for, and it may serve several models: none changes it. What it means for one of them, with
     nothing left open, is that model's own copy, ``model.peft_config[adapter_name]``.
@@ -38,7 +41,8 @@ class FacTConfig(PeftConfig):
             are mixtures of r shared ones, which takes fewer parameters at equal rank. ``"cp"``, canonical polyadic,
             not in the paper: the cores are diagonal, which takes the fewest.
         scale: Factor s in front of the increment, not zero, and neither too large nor too small for a float32. Acts
-            like a learning rate on the factors; the paper searches 0.01, 0.1, 1, 10 and 100 per task.
+            like a learning rate on the factors. None: 32 / rank with the orthogonal start, else 1; a number from then
+            on. The paper searches 0.01, 0.1, 1, 10 and 100 per task, with the authors' start.
         fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
         target_modules: Linear layers to adapt, as in every PEFT method: name suffixes, one regex that matches whole
             names, or ``"all-linear"``. None: all linear layers inside the repeated transformer blocks, found by
@@ -54,9 +58,9 @@ class FacTConfig(PeftConfig):
         bias: Which biases to train: ``"none"``, ``"all"``, or ``"fact_only"`` for those of the adapted layers.
         fan_in_fan_out: As in LoRA, whether the adapted layers store their weight as (in, out). transformers' ``Conv1D``
             does and is recognised; for an ``nn.Linear`` True is put right with a warning.
-        init_weights: True: the authors' initialisation, V = 0, so that an untrained adapter changes nothing.
-            ``"orthogonal"``: orthonormal columns in U and V and zero cores, which changes nothing either; meant for
-            a scale of 32 / rank, see benchmarks/frontier/toy/README.md. False: every factor random.
+        init_weights: ``"orthogonal"``: orthonormal columns in U and V and zero cores, so that an untrained adapter
+            changes nothing; why it is the default is in docs/choosing.md. True: the authors' initialisation, V = 0,
+            which changes nothing either. False: every factor random.
         labels: Class names in the order of the logits, saved with the adapter. None: what the model's
             ``config.id2label`` says, if a module of `modules_to_save` has so many outputs.
         storage: In what the factors are saved: ``"float16"``, ``"bfloat16"``, ``"int8"``, ``"int4"``, ``"int2"``, or
@@ -71,12 +75,15 @@ class FacTConfig(PeftConfig):
             a likely fix.
     """
 
-    rank: int = field(default=8, metadata={"help": "Rank r of the factors."})
+    rank: int = field(default=16, metadata={"help": "Rank r of the factors."})
     decomposition: str = field(
         default="tt",
         metadata={"help": " or ".join(f"{name!r} ({member.title})" for name, member in DECOMPOSITIONS.items())},
     )
-    scale: float = field(default=1.0, metadata={"help": "Factor s in front of the increment."})
+    scale: float = field(
+        default=None,  # type: ignore[arg-type]  # a number from `__post_init__` on
+        metadata={"help": "Factor s in front of the increment. None: 32 / rank with the orthogonal start, else 1."},
+    )
     fact_dropout: float = field(
         default=0.0, metadata={"help": "Dropout probability on the activation between core and V."}
     )
@@ -110,10 +117,10 @@ class FacTConfig(PeftConfig):
         default=False, metadata={"help": "True if the adapted layers store their weight as (in, out)."}
     )
     init_weights: bool | Literal["orthogonal"] = field(
-        default=True,
+        default="orthogonal",
         metadata={
-            "help": "True: V = 0, so dW = 0 at the start. 'orthogonal': orthonormal U and V, and zero cores, so dW = 0 "
-            "too. False: every factor random."
+            "help": "'orthogonal': orthonormal U and V, and zero cores, so dW = 0 at the start. True: as the authors, "
+            "V = 0, so dW = 0 too. False: every factor random."
         },
     )
     labels: list[str] | None = field(
@@ -150,6 +157,13 @@ class FacTConfig(PeftConfig):
         self._check_choice("decomposition", tuple(DECOMPOSITIONS))
         self._check_choice("bias", ("none", "all", "fact_only"))
         self._check_choice("share", ("model", "block"))
+        if not isinstance(self.init_weights, bool) and self.init_weights != "orthogonal":
+            raise ValueError(
+                f"init_weights={self.init_weights!r} is unknown; choose 'orthogonal' (zero cores), True (V = 0) or "
+                "False (every factor random)."
+            )
+        if self.scale is None:
+            self.scale = ORTHOGONAL_SCALE / self.rank if self.init_weights == "orthogonal" else 1.0
         self._check_number("scale")
         if self.scale == 0:
             raise ValueError(
@@ -168,11 +182,6 @@ class FacTConfig(PeftConfig):
             )
         if not isinstance(self.fan_in_fan_out, bool):
             raise ValueError(f"fan_in_fan_out={self.fan_in_fan_out!r} is not a bool; pass True or False.")
-        if not isinstance(self.init_weights, bool) and self.init_weights != "orthogonal":
-            raise ValueError(
-                f"init_weights={self.init_weights!r} is unknown; choose True (V = 0), 'orthogonal' (zero cores) or "
-                "False (every factor random)."
-            )
         if self.labels is not None and (
             not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels)
         ):

@@ -165,9 +165,11 @@ class FacTModel(BaseTuner):
         """Change the scale s of an adapter, also after training; it is saved with the adapter.
 
         Raises:
-            ValueError: If there is no such adapter, it is merged, or `scale` is zero or not finite.
+            ValueError: If there is no such adapter, it is merged, or `scale` is no number, zero or not finite.
         """
         config = fact_config(self, adapter_name)
+        if scale is None:
+            raise ValueError("scale=None is not a number; pass a float, such as 1.0.")
         replace(config, scale=scale)  # for its checks
         check_not_merged(self.model, adapter_name, "scaled")
         config.scale = float(scale)
