@@ -1,23 +1,23 @@
 """Draws docs/pictures/accuracy_by_bytes.png, the picture of README, from results of `benchmarks.frontier`.
 
-    python -m docs.draw_accuracy                                                        # of the toy frontier
-    python -m docs.draw_accuracy --results benchmarks/frontier/results/vit-s14-tiny-imagenet --title "ViT-S/14"
+    python -m docs.draw_accuracy
 
-A point is a method measured on all tasks, with the learning rate that was best on validation images: its mean test
-accuracy over the tasks against the bytes of what is trained, without the head, as float32.
+A point is a method measured on all tasks: its mean test accuracy over the tasks against the bytes of what is trained,
+without the head, as float32. On the left with one learning rate a method, which was chosen on other tasks; on the right
+with that which was best on the validation images of each task.
 """
 
-import argparse
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.frontier.report import FACT, ORTHOGONAL, chosen, frontier, means, read, side
+from benchmarks.frontier.report import FACT, ORTHOGONAL, chosen, fixed, frontier, means, read, side
 
 FILE = Path(__file__).parent / "pictures" / "accuracy_by_bytes.png"
-RESULTS = Path("benchmarks/frontier/toy/results")
-TITLE = "Small ViT, five tasks from photographs and digits"
+FRONTIER = Path(__file__).parents[1] / "benchmarks" / "frontier"
+CHOOSING = ["dtd10", "rsscn7", "yaleb-azimuth"]
 LINES = {FACT: ("tab:blue", "o", "--"), ORTHOGONAL: ("tab:blue", "o", "-")}
 FAMILIES = {"LoRA": "tab:red", "VeRA": "tab:green", "full fine-tuning": "black"}
 OTHER = "grey"
@@ -38,7 +38,7 @@ def draw(points: list[tuple[str, float, float]], axes: Axes) -> None:
     for name, (colour, marker, line) in LINES.items():
         ours = frontier([(size, accuracy) for method, size, accuracy in points if side(method) == name])
         if ours:
-            label = "FacT" if name == FACT else "FacT, orthogonal start"
+            label = "FacT, authors' start" if name == FACT else "FacT"
             axes.plot(*zip(*ours, strict=True), color=colour, marker=marker, linestyle=line, label=label, zorder=3)
     others: dict[str, list[tuple[float, float]]] = {}
     for method, size, accuracy in points:
@@ -59,30 +59,29 @@ def draw(points: list[tuple[str, float, float]], axes: Axes) -> None:
             axes.annotate(name, best, (-6, -7), textcoords="offset points", fontsize=9, color="dimgrey", va="top")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
-    parser.add_argument("--title", default=TITLE, help="(default: %(default)s)")
-    asked = parser.parse_args()
-    runs = chosen(read(asked.results))
-    measured = means(runs, sorted(set(runs["task"])))
-    points = [
-        (method, 4 * parameters, accuracy)
-        for method, parameters, accuracy in zip(
-            measured["method"], measured["parameters"], measured["mean"], strict=True
-        )
-        if is_shown(method)
-    ]
-    figure = Figure(figsize=(6.4, 5), layout="constrained")
-    axes = figure.subplots()
+def panel(runs: pd.DataFrame, title: str, axes: Axes) -> None:
+    """Draw one, and print its points."""
+    tasks = sorted(set(runs["task"]))
+    measured = means(runs, tasks)
+    rows = zip(measured["method"], measured["parameters"], measured["mean"], strict=True)
+    points = [(method, 4 * parameters, accuracy) for method, parameters, accuracy in rows if is_shown(method)]
     draw(points, axes)
     axes.set(xscale="log", xlabel="bytes of trained numbers, without the head", ylabel="test accuracy, %")
-    axes.set_title(asked.title)
+    axes.set_title(f"{title}, {len(tasks)} tasks")
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right")
-    figure.savefig(FILE, dpi=110)
+    print(title, *tasks)
     for method, size, accuracy in sorted(points, key=lambda point: point[1]):
         print(f"{size:>12,.0f}  {accuracy:5.1f}  {method}")
+
+
+def main() -> None:
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    real = read(FRONTIER / "results" / "vit-s14-tiny-imagenet-42px")
+    panel(fixed(real, CHOOSING), "ViT-S/14, real images, one rate", left)
+    panel(chosen(read(FRONTIER / "toy" / "results")), "Small ViT, made images, rate searched", right)
+    right.legend(loc="center right")
+    figure.savefig(FILE, dpi=100)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from benchmarks.frontier.prompts import DeepPrompts
 from benchmarks.frontier.report import best_rates, chosen, fixed, means, panels, read, report
 from benchmarks.frontier.search import groups, is_head, trained_parameters
 from benchmarks.frontier.shots import few
-from benchmarks.frontier.starts import starts
+from benchmarks.frontier.starts import STARTS, authors
 from benchmarks.frontier.tasks import Labelled, Task, kinds, read_task, task_names
 
 ROOT = Path(__file__).parents[1]
@@ -350,7 +350,7 @@ def test_few_shot_runs_at_the_rates_chosen_elsewhere(folder, run_module):
 
 
 def test_every_start_is_run_and_two_rates_move_what_they_are_of(folder, run_module):
-    (two_rates,) = (start for start in starts(8) if start.title == "authors', two rates")
+    one, two_rates = authors("tt", 8)
     model = two_rates.method.adapt(dinov2(), NONE)
     settings = groups(trained_parameters(model), [], two_rates.method, two_rates.rate)
     rates = {id(group["params"][0]): group["lr"] for group in settings}
@@ -359,12 +359,12 @@ def test_every_start_is_run_and_two_rates_move_what_they_are_of(folder, run_modu
     assert {rate for key, rate in of.items() if ".fact_Sigma." in key} == {1.6e-2}
     output = folder / "starts"
     common = ["--backbone", folder / "backbone", "--data", folder / "tasks", "--tasks", "own", "--image_size", SIZE]
-    common += ["--epochs", 2, "--batch_size", 6, "--ranks", 8, "--output", output]
+    common += ["--epochs", 2, "--batch_size", 6, "--of", one.of, "--output", output]
     text = run_module("benchmarks.frontier.starts", *common)
     records = json.loads((output / "own.json").read_text())
     assert len(records) == 5 == len({record["setting"]["method"] for record in records})
     assert len({record["measured"]["train_loss"] for record in records}) == 5
-    assert all(f"| 8 | {start.title} |" in text for start in starts(8)) and "nan" not in text
+    assert all(f"| {start.of} | {start.title} |" in text for start in STARTS if start.of == one.of)
 
 
 def test_the_default_is_run_at_the_rate_of_the_width_and_compared_with_the_search(folder, run_module):

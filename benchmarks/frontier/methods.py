@@ -97,10 +97,11 @@ def fact(decomposition: str, rank: int, multipliers: Mapping[str, float] | None 
     return Method(f"FacT-{decomposition.upper()}", adapt, multipliers or {})
 
 
-def orthogonal(decomposition: str, rank: int, scale: float | None = None) -> Method:
+def orthogonal(decomposition: str, rank: int, scale: float | None = None, **settings: Any) -> Method:
     """Orthonormal U and V, zero cores, and scale 32 / r, so that cores move that many times as far as U and V."""
     scale = 32 / rank if scale is None else scale
-    adapt = partial(by_fact, decomposition=decomposition, rank=rank, scale=scale, init_weights="orthogonal")
+    start = {"scale": scale, "init_weights": "orthogonal"}
+    adapt = partial(by_fact, decomposition=decomposition, rank=rank, **start, **settings)
     return Method(f"FacT-{decomposition.upper()}, orthogonal", adapt)
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.frontier.starts --backbone facebook/dinov2-small --data FOLDER --tasks dtd10 gtsrb
     python -m benchmarks.frontier.starts --output STARTS --write PAGE    # the table of what there is
 
-FacT-TT, one seed, no search: U and V move at `FIRST_RATE`. From the authors' start cores move at that rate or, with two
-rates, at four times it; from the orthogonal start at that rate too, but the scale makes of it what the table says. Each
-run is kept in STARTS/TASK.json and not repeated; processes can share STARTS if each has tasks of its own.
+One seed, no search: U and V move at `FIRST_RATE`. From the authors' start cores move at that rate or, with two rates,
+at four times it; from the orthogonal start at that rate too, but the scale makes of it what the table says. Each run is
+kept in STARTS/TASK.json and not repeated; processes can share STARTS if each has tasks of its own.
 """
 
 import argparse
@@ -21,44 +21,66 @@ from benchmarks.frontier.report import read
 from benchmarks.frontier.search import SEARCH_SEED, STEP, Protocol
 from benchmarks.reporting.markdown import table, write_generated
 
-RANKS = (8, 16, 32)
+RANKS = (8, 16, 32)  # of tensor-train
+DEFAULT_PRODUCT = 32  # scale times rank
 
 
 @dataclass(frozen=True)
 class Start:
     """
     Attributes:
-        title: In the table.
-        name: Of a rank, in the results.
-        method: Of a rank.
+        of: What is started.
+        title: How, in the table.
+        method: The two.
         rate: Of the cores; `method` has that of U and V in units of it.
+        suffix: Of `of`, in the results.
     """
 
+    of: str
     title: str
-    name: str
     method: Method
     rate: float = FIRST_RATE
+    suffix: str = ""
+
+    @property
+    def name(self) -> str:
+        """In the results."""
+        return self.of + self.suffix
 
 
-def starts(rank: int) -> list[Start]:
-    """What is compared at a rank."""
-    name, authors = f"FacT-TT r={rank}", fact("tt", rank)
-    slow = replace(authors, multipliers={"fact_U": 1 / STEP, "fact_V": 1 / STEP})
-    found = [
-        Start("authors'", name, authors),
-        Start("authors', two rates", f"{name}, two rates", slow, STEP * FIRST_RATE),
+def authors(decomposition: str, rank: int) -> list[Start]:
+    """The authors' start, with one rate and with two."""
+    of, method = f"FacT-{decomposition.upper()} r={rank}", fact(decomposition, rank)
+    slow = replace(method, multipliers={"fact_U": 1 / STEP, "fact_V": 1 / STEP})
+    return [
+        Start(of, "authors'", method),
+        Start(of, "authors', two rates", slow, STEP * FIRST_RATE, ", two rates"),
     ]
-    for product_of_both in (32, 64, 128):  # scale times rank
-        scale = product_of_both / rank
-        suffix = "" if product_of_both == 32 else f", scale {scale:g}"
-        method = orthogonal("tt", rank, scale)
-        found.append(Start(f"orthogonal, scale {product_of_both} / r", f"{name}, orthogonal{suffix}", method))
+
+
+def orthogonals(rank: int) -> list[Start]:
+    """The orthogonal start of tensor-train at several scales."""
+    found = []
+    for both in (DEFAULT_PRODUCT, 64, 128):
+        scale = "" if both == DEFAULT_PRODUCT else f", scale {both / rank:g}"
+        method = orthogonal("tt", rank, both / rank)
+        found.append(Start(f"FacT-TT r={rank}", f"orthogonal, scale {both} / r", method, suffix=f", orthogonal{scale}"))
     return found
 
 
+def by_block(rank: int) -> Start:
+    """U and V of each block instead of one for all; as many more directions at a lower rank, so at a lower scale."""
+    method = orthogonal("tt", rank, 8 / rank, share="block")
+    return Start(f"FacT-TT r={rank} by block", "orthogonal, scale 8 / r", method, suffix=", orthogonal, scale 2")
+
+
+STARTS = [*(start for rank in RANKS for start in [*authors("tt", rank), *orthogonals(rank)]), *authors("tk", 32)]
+STARTS.append(by_block(4))
+
+
 def measure(args: argparse.Namespace) -> None:
-    """Run what is missing of the tasks and ranks of the command line."""
-    wanted = [start for rank in args.ranks for start in starts(rank)]
+    """Run what is missing of the tasks of the command line."""
+    wanted = [start for start in STARTS if not args.of or start.of in args.of]
     with tqdm(total=len(args.tasks) * len(wanted), desc="runs", smoothing=0.1) as progress:
         measurements = measurements_of(args, Protocol(args.epochs, args.batch_size), progress)
         for start, task in product(wanted, args.tasks):
@@ -66,28 +88,30 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def report(runs: pd.DataFrame) -> str:
-    """Test accuracy on each task and their mean by rank and start, of those that were run on all."""
+    """Test accuracy on each task and their mean by start, of those that were run on all."""
     tasks = sorted(set(runs["task"]))
     found = runs.pivot_table(index=["method", "learning_rate"], columns="task", values="test_accuracy").dropna()
+    sizes = runs.groupby("method")["parameters"].first()
     rows = []
-    for rank in RANKS:
-        for start in starts(rank):
-            if (start.name, start.rate) in found.index:
-                accuracies = found.loc[(start.name, start.rate)]
-                rows.append([f"{rank}", start.title, *(f"{value:.1f}" for value in [*accuracies, accuracies.mean()])])
+    for start in STARTS:
+        if (start.name, start.rate) in found.index:
+            accuracies = found.loc[(start.name, start.rate)]
+            cells = [f"{value:.1f}" for value in [*accuracies, accuracies.mean()]]
+            rows.append([start.of, start.title, f"{sizes[start.name]:,}", *cells])
     first = runs.iloc[0]
     conditions = (
-        f"FacT-TT, {first['image_size']} px, {first['precision']}, {first['epochs']} epochs, one seed, rate of U and V "
+        f"{first['image_size']} px, {first['precision']}, {first['epochs']} epochs, one seed, rate of U and V "
         f"{FIRST_RATE:g}. Test accuracy in %."
     )
-    return f"{conditions}\n\n{table(['rank', 'start', *tasks, 'mean'], rows)}"
+    return f"{conditions}\n\n{table(['method', 'start', 'parameters', *tasks, 'mean'], rows)}"
 
 
 def main() -> None:
     parser = frontier_parser(__doc__)
     add = parser.add_argument
     add("--tasks", nargs="+", help="needed to measure")
-    add("--ranks", nargs="+", type=int, choices=RANKS, default=RANKS, help="(default: all)")
+    names = list(dict.fromkeys(start.of for start in STARTS))
+    add("--of", nargs="+", choices=names, metavar="METHOD", help=f"(default: all) {', '.join(names)}")
     args = parse(parser, "starts", needed=["tasks"])
     if args.data is not None:
         measure(args)
