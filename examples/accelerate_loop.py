@@ -61,7 +61,7 @@ data = TensorDataset(torch.nn.functional.interpolate(pixels, model.config.image_
 train_data, val_data = random_split(data, [1500, len(data) - 1500], torch.Generator().manual_seed(0))
 batch_size = args.batch_size // accelerator.num_processes
 train_loader = DataLoader(train_data, batch_size, shuffle=True, drop_last=True)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=1e-4)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3, weight_decay=1e-4)
 scheduler = constant_with_warmup(optimizer, len(train_loader))  # accelerate takes a step of it for every process
 model, optimizer, scheduler, train_loader, val_loader = accelerator.prepare(
     model, optimizer, scheduler, train_loader, DataLoader(val_data, batch_size)

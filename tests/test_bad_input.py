@@ -18,6 +18,7 @@ from fact_peft import FacTConfig
     [
         ({"rank": 0}, "rank=0 is less than 1; .* such as rank=8"),
         ({"rank": -3}, "rank=-3 is less than 1"),
+        ({"rank": 10**400}, "rank is more than 2147483647, .* such as rank=8"),
         ({"rank": 4.0}, "rank=4.0 is not an integer"),
         ({"rank": True}, "rank=True is not an integer"),
         ({"rank": "8"}, "rank='8' is not an integer"),

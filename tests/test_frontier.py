@@ -377,7 +377,7 @@ def test_the_default_is_run_at_the_rate_of_the_width_and_compared_with_the_searc
     text = run_module("benchmarks.frontier.default", *common, *more)
     records = json.loads((output / "own.json").read_text())
     tried = [(record["setting"]["learning_rate"], record["setting"]["seed"]) for record in records]
-    assert sorted(tried) == [(1.25 / 32, 0), (1.25 / 32, 1)]
+    assert sorted(tried) == [(0.8 / 32, 0), (0.8 / 32, 1)]
     best = chosen(read(searched))["test_accuracy"].item()
     assert f"| best of all searched | {best:.1f} (FacT-TT r=1) | {best:.1f} |" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| FacT-TT r=16, orthogonal |"))

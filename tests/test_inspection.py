@@ -80,7 +80,7 @@ def test_an_untrained_adapter_does_nothing_anywhere(tmp_path):
 
 def test_norms_of_a_wide_layer_count_every_slice(tmp_path):
     """fc1 owns four slices; with identity cores for them alone, and U, V orthonormal, each adds r to the square."""
-    model = get_peft_model(make_backbone("vit"), FacTConfig(rank=2))
+    model = get_peft_model(make_backbone("vit"), FacTConfig(rank=2, scale=1.0))
     stack = model.base_model.model.factors["32x32"]
     with torch.no_grad():
         stack.fact_Sigma["default"].zero_()

@@ -226,5 +226,5 @@ def test_quick_run_measures_each_setting_once(tmp_path):
     default = run("--default_seeds", "2", "--methods", "FacT-TT r=8")
     records = json.loads((tmp_path / "out" / "default" / "count.json").read_text())
     assert len({json.dumps(record["setting"]) for record in records}) == len(records) == 2
-    assert {record["setting"]["learning_rate"] for record in records} == {1.25 / 32}
+    assert {record["setting"]["learning_rate"] for record in records} == {0.8 / 32}
     assert "**A default that is not searched.**" in default and " of 2 |" in default

@@ -41,17 +41,18 @@ def train(folder, decomposition, resume_from=None):
         report_to=[],
         disable_tqdm=True,
     )
-    Trainer(model, arguments, train_dataset=RandomImages(), eval_dataset=RandomImages()).train(resume_from)
-    return model.eval()
+    trainer = Trainer(model, arguments, train_dataset=RandomImages(), eval_dataset=RandomImages())
+    trainer.train(resume_from)
+    return model.eval(), trainer.state.best_model_checkpoint
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_resumed_training_ends_bit_equal(decomposition, tmp_path):
-    model = train(tmp_path / "whole", decomposition)
+    model, best = train(tmp_path / "whole", decomposition)
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     assert not (checkpoint / "model.safetensors").exists()
-    resumed = train(tmp_path / "resumed", decomposition, resume_from=str(checkpoint))
+    resumed, _ = train(tmp_path / "resumed", decomposition, resume_from=str(checkpoint))
     for (name, expected), value in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, expected), name
-    loaded = PeftModel.from_pretrained(make_backbone("vit"), tmp_path / "whole" / "checkpoint-6").eval()
+    loaded = PeftModel.from_pretrained(make_backbone("vit"), best).eval()
     assert torch.equal(logits(loaded, images()), logits(model, images()))

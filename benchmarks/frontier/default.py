@@ -24,9 +24,9 @@ from benchmarks.frontier.tasks import task_names
 from benchmarks.reporting.markdown import table, write_generated
 from fact_peft.architecture.blocks import find_block_linears, stream_width
 
-# With Adam a step moves a number by about the rate, and a layer sums as many as it is wide. Amid the best rates of
-# three widths: 1.6e-2 at 64 and 128, 4e-3 at 384.
-RATE_TIMES_WIDTH = 1.25
+# With Adam a step moves a number by about the rate, and a layer sums as many as it is wide. At 1.25, amid the best
+# rates of the widths 64, 128 and 384, a few of the toy seeds do not train; the paper's 1e-3 at 768 is 0.77.
+RATE_TIMES_WIDTH = 0.8
 LOST = 10.0  # points below the median
 DEFAULT = "FacT-TT r=16, orthogonal"  # what FacTConfig() is
 

@@ -51,6 +51,7 @@ LAYERS = {
 }
 # The network is float32, the reference float64; weights of this size pass a few hundred roundings on to the output.
 TOLERANCE = 3e-5
+ZERO_AT_FIRST = {"tt": "Sigma", "tk": "P"}  # in an untrained adapter, by decomposition
 
 names = st.sampled_from(["a", "b", "c"])
 slots = st.sampled_from(["one", "two"])
@@ -202,7 +203,7 @@ class Verbs(RuleBasedStateMachine):
                 assert torch.equal(parameter.double(), self.reference.base[key]), f"{key} is not the network's own"
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             else:
-                assert key[1] != "V" or not parameter.any(), "V is not zero"
+                assert key[1] != ZERO_AT_FIRST[adapter.decomposition] or not parameter.any(), f"{key} is not zero"
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
         self.reference.adapters[adapter_name] = adapter
         self.adopt(adapter_name)

@@ -21,6 +21,7 @@ from ..storage.packing import WIDTHS
 UNKNOWN_TO_0_1 = {"share": "model", "storage": None, "head_storage": None}
 # Times the rank: with it cores move as far as U and V do at the rate that suits these (benchmarks/frontier).
 ORTHOGONAL_SCALE = 32.0
+MAX_RANK = 2**31 - 1
 STORAGES = ("float32", "float16", "bfloat16", *(f"int{bits}" for bits in WIDTHS))
 
 
@@ -229,6 +230,11 @@ class FacTConfig(PeftConfig):
             )
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} is less than 1; pass a whole number of at least 1, such as rank=8.")
+        if self.rank > MAX_RANK:
+            raise ValueError(
+                f"rank is more than {MAX_RANK}, wider than any layer; pass at most the width of the narrowest targeted "
+                "one, such as rank=8."
+            )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
