@@ -6,7 +6,7 @@
 The data are scikit-learn's digits; the model, unless --model names one, a tiny untrained ViT. Started again, it goes on
 after the last whole checkpoint. The first command takes 22 s of processor time and ends with
 
-    epoch 10: validation accuracy 83.2%
+    epoch 10: validation accuracy 89.2%
 """
 
 import argparse

@@ -77,7 +77,9 @@ class Arguments:
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": "What to compare.", "choices": list(METHODS)}
     )
-    rank: int = field(default=8, metadata={"help": "Rank of LoRA and FacT."})
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank of LoRA and FacT. Without: the default of each, 8 and 16."}
+    )
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-3, 5e-3, 2e-2, 1e-1],
         metadata={"help": "Each method takes the best of these on the validation images of the first seed."},
@@ -183,7 +185,7 @@ def load_backbone(args: Arguments, task: Task) -> PreTrainedModel:
     return model.to(DEVICE)
 
 
-def adapt(backbone: PreTrainedModel, method: str, rank: int) -> Model:
+def adapt(backbone: PreTrainedModel, method: str, rank: int | None) -> Model:
     """A copy of the backbone with a fresh head, where the head and what the method adapts are trainable."""
     model = copy.deepcopy(backbone)
     model.classifier.reset_parameters()
@@ -191,12 +193,13 @@ def adapt(backbone: PreTrainedModel, method: str, rank: int) -> Model:
         model.requires_grad_(False)
         model.classifier.requires_grad_(True)
     elif method == "LoRA":
-        # On the layers that FacT finds by itself, and with its scale of 1.
+        rank = rank or LoraConfig().r
+        # On the layers that FacT finds by itself, at a scale of 1.
         layers = get_peft_model(copy.deepcopy(model), FacTConfig(rank=1)).peft_config["default"].target_modules
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, modules_to_save=["classifier"])
         model = get_peft_model(model, config)
     elif method.startswith("FacT"):
-        model = get_peft_model(model, FacTConfig(rank=rank, decomposition=method[-2:].lower()))
+        model = get_peft_model(model, FacTConfig(rank=rank or FacTConfig().rank, decomposition=method[-2:].lower()))
     return model
 
 

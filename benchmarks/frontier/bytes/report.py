@@ -1,5 +1,6 @@
 """Table and plot of `benchmarks.frontier.bytes`, from its results alone."""
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ from benchmarks.reporting.markdown import table
 from benchmarks.reporting.results import Results
 
 WAY = ["method", "storage", "head_storage", "form", "later_epochs"]  # what is compared
+COLOURS = [*plt.get_cmap("tab20").colors[::2], *plt.get_cmap("tab20").colors[1::2]]  # the light shades last
 MARKERS = {"float32": "o", "float16": "s", "int8": "D", "int4": "^", "int2": "v"}
 
 
@@ -110,7 +112,7 @@ def plot(runs: pd.DataFrame, file: Path) -> None:
     matplotlib.use("Agg")
     rows = summary(runs).dropna(subset=["mean"])
     figure, axes = plt.subplots(figsize=(8, 5.5))
-    for colour, (method, group) in zip(plt.get_cmap("tab10").colors, rows.groupby("method", sort=False), strict=False):
+    for colour, (method, group) in zip(cycle(COLOURS), rows.groupby("method", sort=False), strict=False):
         plain = group[(group["later_epochs"] == 0) & (group["form"] == AS_TRAINED)]
         axes.plot([], [], color=colour, linestyle="", marker=".", markersize=14, label=method)
         for _, row in plain.iterrows():

@@ -81,8 +81,8 @@ class FacTConfig(PeftConfig):
         default="tt",
         metadata={"help": " or ".join(f"{name!r} ({member.title})" for name, member in DECOMPOSITIONS.items())},
     )
-    scale: float = field(
-        default=None,  # type: ignore[arg-type]  # a number from `__post_init__` on
+    scale: float = field(  # type: ignore[assignment]  # a number from `__post_init__` on
+        default=None,
         metadata={"help": "Factor s in front of the increment. None: 32 / rank with the orthogonal start, else 1."},
     )
     fact_dropout: float = field(
