@@ -54,7 +54,7 @@ def prepare(folder: Path, epochs: int = 10) -> Path:
         )
         model = get_peft_model(base, FacTConfig(rank=4, labels=labels))
         targets = torch.tensor(classes)[digits]
-        train(model, images[:NUM_TRAINING], targets[:NUM_TRAINING], 2e-2, epochs, 50, name)
+        train(model, images[:NUM_TRAINING], targets[:NUM_TRAINING], 1e-2, epochs, 50, name)
         save_image_classifier(model, processor, folder / "adapters" / name)
         right = accuracy(model, images[NUM_TRAINING:], targets[NUM_TRAINING:])
         print(f"Trained the adapter {name!r}: {right:.1f} % of {len(images) - NUM_TRAINING} other digits are right.")
