@@ -33,15 +33,19 @@ def read(folder: Path) -> pd.DataFrame:
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """Of every way to store: accuracy by task (mean over seeds), their mean, its loss to float32, mean bytes and error.
 
-    The mean is of ways that were measured on all tasks; the loss is to the same training in float32.
+    The mean is of ways that were measured on all tasks; the loss is to the same trainings in float32. "seeds" is the
+    number that every task has.
     """
     by_task = runs.pivot_table(index=WAY, columns="task", values="test_accuracy", sort=False)
     rows = by_task.assign(mean=by_task.mean(axis=1, skipna=False))
     taken = runs.groupby(WAY, sort=False)[["bytes", *(["error"] if "error" in runs else [])]].mean()
-    rows = rows.join(taken).reset_index()
-    whole = rows[(rows["storage"] == "float32") & (rows["later_epochs"] == 0)].set_index("method")["mean"]
-    rows["change"] = rows["mean"] - rows["method"].map(whole)
-    return rows
+    training = ["method", "task", "seed"]
+    whole = runs[(runs["storage"] == "float32") & (runs["later_epochs"] == 0)].set_index(training)["test_accuracy"]
+    losses = runs.assign(change=runs["test_accuracy"] - runs[training].apply(tuple, axis=1).map(whole))
+    changes = losses.pivot_table(index=WAY, columns="task", values="change", sort=False, dropna=False)
+    seeds = runs.groupby([*WAY, "task"])["seed"].nunique().groupby(WAY).min()
+    rows = rows.assign(change=changes.mean(axis=1, skipna=False), seeds=seeds)
+    return rows.join(taken).reset_index()
 
 
 def way(row: pd.Series) -> str:
@@ -63,6 +67,7 @@ def report(runs: pd.DataFrame) -> str:
             row["storage"],
             row["head_storage"],
             way(row),
+            str(row["seeds"]),
             f"{row['bytes']:,.0f}",
             number(row.get("error"), "{:.1f}"),
         ]
@@ -73,7 +78,7 @@ def report(runs: pd.DataFrame) -> str:
     return "\n\n".join(
         [
             f"{first['image_size']} px, {first['precision']}, {first['epochs']} epochs, batches of "
-            f"{first['batch_size']}, seeds: {runs['seed'].nunique()}. Sampling error of an accuracy: "
+            f"{first['batch_size']}. Sampling error of an accuracy: "
             f"{min(errors):.1f} to {max(errors):.1f}, of the mean {of_mean:.1f}.",
             table(
                 [
@@ -81,6 +86,7 @@ def report(runs: pd.DataFrame) -> str:
                     "factors",
                     "head",
                     "how",
+                    "seeds",
                     "bytes",
                     "change of dW, %",
                     *tasks,
