@@ -194,13 +194,14 @@ def adapt(backbone: PreTrainedModel, method: str, rank: int | None) -> Model:
         model.requires_grad_(False)
         model.classifier.requires_grad_(True)
     elif method == "LoRA":
-        rank = rank or LoraConfig().r
+        rank = LoraConfig().r if rank is None else rank
         # On the layers that FacT finds by itself, at a scale of 1.
         layers = get_peft_model(copy.deepcopy(model), FacTConfig(rank=1)).peft_config["default"].target_modules
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, modules_to_save=["classifier"])
         model = get_peft_model(model, config)
     elif method.startswith("FacT"):
-        model = get_peft_model(model, FacTConfig(rank=rank or FacTConfig().rank, decomposition=method[-2:].lower()))
+        rank = FacTConfig().rank if rank is None else rank
+        model = get_peft_model(model, FacTConfig(rank=rank, decomposition=method[-2:].lower()))
     return model
 
 
