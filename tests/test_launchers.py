@@ -146,5 +146,5 @@ def test_bf16_as_in_the_configuration_file_saves_a_float32_adapter(launcher, fol
     assert factors.keys() == {"U", "V", "C", "P"}
     for name, value in saved.items():
         assert value.dtype == torch.float32 and value.isfinite().all(), name
-    # V starts at zero; trained in bfloat16 alone its steps would be multiples of 2^-8 of its size.
-    assert not torch.equal(factors["V"], factors["V"].bfloat16().float()) and factors["V"].abs().max() > 1e-3
+    # P starts at zero; trained in bfloat16 alone its steps would be multiples of 2^-8 of its size.
+    assert not torch.equal(factors["P"], factors["P"].bfloat16().float()) and factors["P"].abs().max() > 1e-3

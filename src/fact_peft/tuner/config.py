@@ -168,13 +168,13 @@ class FacTConfig(PeftConfig):
         self._check_number("scale")
         if self.scale == 0:
             raise ValueError(
-                "scale=0 switches the adapter off for good; use a scale in [0.01, 100], 1.0 is a safe start."
+                "scale=0 switches the adapter off for good; use a scale in [0.01, 100], or leave it out."
             )
         limits = finfo(float32)
         if not limits.tiny <= abs(self.scale) <= limits.max:
             raise ValueError(
                 f"scale={self.scale!r} does not fit a float32, which ranges from {limits.tiny:.1e} to "
-                f"{limits.max:.1e}; use a scale in [0.01, 100], 1.0 is a safe start."
+                f"{limits.max:.1e}; use a scale in [0.01, 100], or leave it out."
             )
         self._check_number("fact_dropout")
         if not 0 <= self.fact_dropout < 1:
