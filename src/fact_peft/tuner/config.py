@@ -167,9 +167,7 @@ class FacTConfig(PeftConfig):
             self.scale = ORTHOGONAL_SCALE / self.rank if self.init_weights == "orthogonal" else 1.0
         self._check_number("scale")
         if self.scale == 0:
-            raise ValueError(
-                "scale=0 switches the adapter off for good; use a scale in [0.01, 100], or leave it out."
-            )
+            raise ValueError("scale=0 switches the adapter off for good; use a scale in [0.01, 100], or leave it out.")
         limits = finfo(float32)
         if not limits.tiny <= abs(self.scale) <= limits.max:
             raise ValueError(
