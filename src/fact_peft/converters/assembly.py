@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..architecture.fused import part_names
+from ..architecture.linears import part_names
 from ..method.tensorization import describe_layout, tensorize
 from ..tuner.config import FacTConfig
 from ..tuner.factors import FACTORS

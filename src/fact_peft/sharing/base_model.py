@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..architecture.labels import label_settings
+from ..architecture.heads import label_settings
 from ..tuner.config import FacTConfig
 
 

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from ..architecture.labels import label_settings
+from ..architecture.heads import label_settings
 from ..storage.hub import is_hub_id
 from ..storage.replacing import replacing_files
 from ..tuner.config import FacTConfig, fact_config, stored_as

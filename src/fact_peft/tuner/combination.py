@@ -12,7 +12,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from ..architecture.fused import part_names
+from ..architecture.linears import part_names
 from .config import FacTConfig
 from .layer import FacTLinear
 

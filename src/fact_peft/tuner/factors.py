@@ -7,17 +7,22 @@ counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeR
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from ..architecture.linears import walk
 from ..method.decomposition import DECOMPOSITIONS, Decomposition
 from ..method.tensorization import Slices
 from .config import FacTConfig
 
+logger = logging.getLogger(__name__)
 # Of every decomposition, each once.
 CORE_FACTORS = tuple(dict.fromkeys(name for member in DECOMPOSITIONS.values() for name in member.core_factors))
 # Does not contain PEFT's prefix "fact_": PEFT skips modules with the prefix in their name when it deletes adapters.
@@ -47,7 +52,35 @@ class SharedFactors(nn.ModuleDict):
     On an ``nn.Sequential`` they are one more child, the last: whoever indexes, slices, counts or iterates over an
     adapted one meets it (``model[:-1]`` drops the factors, not the head). Since the factors must be a parameter of the
     adapted model itself, they can be nowhere else there; adapt a module that holds the Sequential instead.
+
+    As the last child they also hear of every ``model.train()`` after all others, and keep frozen layers with running
+    statistics (``nn.BatchNorm2d`` and its relatives) in evaluation mode: in training these would move, and no adapter
+    saves them.
+
+    Attributes:
+        plans: How each adapter was made, by its name.
+        frozen_norms: The layers to keep in evaluation mode.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plans: dict[str, Any] = {}
+        self.frozen_norms: list[nn.Module] = []  # a list hides them from nn.Module
+
+    def keep_statistics(self, model: nn.Module) -> None:
+        """From now on, keep the layers of `model` with running statistics as they are, but for the trained modules."""
+        norms = {name: module for name, module in walk(model) if getattr(module, "running_mean", None) is not None}
+        self.frozen_norms = list(norms.values())
+        if norms:
+            logger.info("%d normalisation layers stay in evaluation mode (%s, ...).", len(norms), next(iter(norms)))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As always, but for the frozen layers with running statistics."""
+        super().train(mode)
+        for norm in self.frozen_norms:
+            norm.eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass through, so that an ``nn.Sequential``, which calls all its children, can carry the factors too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.other import _set_adapter as activate_heads
 from torch import Tensor, nn
 
-from ..architecture.labels import current_labels
+from ..architecture.heads import current_labels
 from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import Slices, stack_sizes
 from ..storage.adapter_file import is_finite
@@ -30,7 +31,7 @@ from .head import adopt_heads
 from .layer import FacTLinear
 from .mismatch import mismatched_heads_are_ignored
 from .mixed_batch import mixed_batch
-from .planning import check_adapter_name, is_targeted, resolve
+from .planning import Plan, is_targeted, plan
 from .stored import from_storage, to_storage_together
 
 
@@ -66,16 +67,15 @@ class FacTModel(BaseTuner):
         asked = self.peft_config[adapter_name]
         assert isinstance(asked, FacTConfig)
         try:
-            check_adapter_name(adapter_name)
             check_not_merged(model, adapter_name, "replaced")
-            config, self._plan = resolve(asked, model)
+            planned = plan(asked, model, adapter_name)
         except Exception:
             self._restore_config(adapter_name)
             raise
-        self.peft_config[adapter_name] = config
+        config = self.peft_config[adapter_name] = planned.config
         self._forget(adapter_name)
-        open_attentions(model, self._plan)
-        targets, in_part = config.target_modules, any(owned.parts for owned in self._plan.values())
+        open_attentions(model, planned.slices)
+        targets, in_part = config.target_modules, any(owned.parts for owned in planned.slices.values())
         with warnings.catch_warnings():
             if in_part:  # of which PEFT sees nothing excluded
                 warnings.filterwarnings("ignore", message="You have passed exclude_modules")
@@ -83,6 +83,10 @@ class FacTModel(BaseTuner):
         if in_part:  # PEFT shortens long lists to what tells modules apart, but not their parts
             config.target_modules = targets
         adopt_heads(model, adapter_name, config)
+        self._arguments = frozenset(inspect.signature(model.forward).parameters)
+        factors: SharedFactors = getattr(self.model, FACTORS)
+        factors.plans[adapter_name] = planned
+        factors.keep_statistics(self.model)
         if adapter_name in self.active_adapters:
             for wrapper in self._heads():  # PEFT activates a new head only where there was none
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
@@ -105,6 +109,20 @@ class FacTModel(BaseTuner):
             wrapper.delete_adapter(adapter_name, new_active_adapters=others)
         self._drop_empty_stacks()
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model, which is not given arguments that are None and that it does not have.
+
+        ``PeftModelForFeatureExtraction`` passes those of a text model, such as ``input_ids=None``, to every model.
+        """
+        given = {key: value for key, value in kwargs.items() if value is not None or key in self._arguments}
+        return self.model(*args, **given)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # detectors tie their heads to each other and have no embeddings
+            return []
+
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         assert isinstance(peft_config, FacTConfig)
@@ -121,10 +139,10 @@ class FacTModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, FacTConfig)
-        slices = self._plan[current_key]
+        slices = peft_config.slices[current_key]
         stack = self._stack_for(slices)
         if adapter_name not in stack.fact_config:
-            stack.add_adapter(adapter_name, peft_config, stack_sizes(self._plan.values())[slices.stack])
+            stack.add_adapter(adapter_name, peft_config, stack_sizes(peft_config.slices.values())[slices.stack])
         if not isinstance(target, FacTLinear):
             layer = FacTLinear(target, **get_quantization_kwargs(self.model))
             self._replace_module(parent, target_name, layer, target)
@@ -311,6 +329,8 @@ class FacTModel(BaseTuner):
         """
         assert isinstance(config, FacTConfig)
         check_not_merged(model, adapter_name, "overwritten")
+        planned = plan_of(model, adapter_name)
+        state_dict = planned.renaming.tensors(state_dict, planned.left_out)
         state_dict = {name: from_storage(name, tensor) for name, tensor in state_dict.items()}
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config) if config.bias != "none" else {}
         state_dict, foreign = split_off_foreign(model, config, adapter_name, state_dict, biases)
@@ -341,6 +361,13 @@ class FacTModel(BaseTuner):
         # Numbers in a mapped file lie at any address, and products round by the alignment of what they multiply. In
         # memory of their own they give the same bits as those that were saved.
         return {name: value.clone() for name, value in remapped.items()}
+
+
+def plan_of(model: nn.Module, adapter_name: str) -> Plan:
+    """The plan that an adapter of `model`, adapted or around the adapted one, was made by."""
+    factors = [module for module in model.modules() if isinstance(module, SharedFactors)]
+    outermost = reversed(factors)  # they are the last child of what they belong to
+    return next(each.plans[adapter_name] for each in outermost if adapter_name in each.plans)
 
 
 def check_not_merged(model: nn.Module, adapter_name: str, doing: str) -> None:

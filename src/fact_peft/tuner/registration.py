@@ -24,7 +24,7 @@ from ..storage.replacing import finish_replacing
 from .config import FacTConfig, packs_numbers
 from .contents import check_contents, check_saved_adapter, saved_tensors
 from .mismatch import heeding_mismatch
-from .planning import resolve
+from .planning import plan
 from .stored import from_storage
 
 NAME = "FACT"
@@ -113,7 +113,7 @@ def check_adapters_before_they_load() -> None:
             finally:
                 _copying_by_name.reset(token)
         elif isinstance(config, FacTConfig):
-            settled, _ = resolve(config, self)
+            settled = plan(config, self).config
             if tensors is None:
                 folder, download = (
                     str(given.arguments.get("peft_model_id")),
