@@ -10,8 +10,8 @@ The order of the slices in a stack is the order of the layers in the model, and 
 (input block, output block).
 
 A layer may make queries, keys and values in one: its outputs are those of q, then of k, then of v. If only some of the
-three are adapted, only their output blocks have slices. With ``share="block"`` every transformer block has stacks of its
-own.
+three are adapted, only their output blocks have slices. With ``share="block"`` every transformer block has its own
+stacks.
 """
 
 import re

@@ -17,7 +17,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..architecture.linears import walk
 from ..method.decomposition import DECOMPOSITIONS, Decomposition
 from ..method.tensorization import Slices
 from .config import FacTConfig
@@ -53,9 +52,9 @@ class SharedFactors(nn.ModuleDict):
     adapted one meets it (``model[:-1]`` drops the factors, not the head). Since the factors must be a parameter of the
     adapted model itself, they can be nowhere else there; adapt a module that holds the Sequential instead.
 
-    As the last child they also hear of every ``model.train()`` after all others, and keep frozen layers with running
-    statistics (``nn.BatchNorm2d`` and its relatives) in evaluation mode: in training these would move, and no adapter
-    saves them.
+    As the last child they are also the last that ``model.train()`` reaches, and they put frozen layers with running
+    statistics, such as ``nn.BatchNorm2d``, back into evaluation mode. In training mode the statistics would move, and
+    they are not saved with the adapter.
 
     Attributes:
         plans: How each adapter was made, by its name.
@@ -68,15 +67,16 @@ class SharedFactors(nn.ModuleDict):
         self.frozen_norms: list[nn.Module] = []  # a list hides them from nn.Module
 
     def keep_statistics(self, model: nn.Module) -> None:
-        """From now on, keep the layers of `model` with running statistics as they are, but for the trained modules."""
-        norms = {name: module for name, module in walk(model) if getattr(module, "running_mean", None) is not None}
-        self.frozen_norms = list(norms.values())
-        if norms:
-            logger.info("%d normalisation layers stay in evaluation mode (%s, ...).", len(norms), next(iter(norms)))
+        """From now on keep the running statistics of `model` as they are, except in modules that are trained in full."""
+        norms = {name: module for name, module in model.named_modules() if hasattr(module, "running_mean")}
+        frozen = {name: module for name, module in norms.items() if ".modules_to_save." not in f".{name}"}
+        self.frozen_norms = list(frozen.values())
+        if frozen:
+            logger.info("%d frozen layers with running statistics stay in evaluation mode.", len(frozen))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """As always, but for the frozen layers with running statistics."""
+        """As ``nn.Module.train``, and put frozen layers with running statistics into evaluation mode."""
         super().train(mode)
         for norm in self.frozen_norms:
             norm.eval()

@@ -302,6 +302,12 @@ class FacTModel(BaseTuner):
     # How an adapter goes to disk and comes back.
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Keys of heads and biases have no adapter's name in them, but may end in "weight" or "classifier.weight", and
+        # an adapter may be called so.
+        return super()._remove_adapter_name_from_key(key, adapter_name) if f".{cls.prefix}" in key else key
+
+    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -314,6 +320,9 @@ class FacTModel(BaseTuner):
         config.labels = current_labels(config.labels, model)
         config.check_storage()
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # The last factors are those of the model itself; any others belong to adapted models inside it.
+        inner = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SharedFactors))[:-1]
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(inner)}
         return to_storage_together(config, adapter_name, tensors)
 
     @classmethod
