@@ -1,4 +1,4 @@
-"""An adapter of a head model loads on the bare model, and back: what it computes there is what the head model has inside."""
+"""An adapter of a head model loads on the bare model and back, and gives the same features there."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Frozen layers with running statistics stay as they are in training, so that a saved adapter is the one that trained."""
+"""Running statistics of frozen layers do not move in training, so a reloaded adapter is the one that was trained."""
 
 import copy
 from collections.abc import Callable

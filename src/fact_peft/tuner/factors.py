@@ -67,7 +67,7 @@ class SharedFactors(nn.ModuleDict):
         self.frozen_norms: list[nn.Module] = []  # a list hides them from nn.Module
 
     def keep_statistics(self, model: nn.Module) -> None:
-        """From now on keep the running statistics of `model` as they are, except in modules that are trained in full."""
+        """From now on keep the running statistics of `model` as they are, except in modules trained in full."""
         norms = {name: module for name, module in model.named_modules() if hasattr(module, "running_mean")}
         frozen = {name: module for name, module in norms.items() if ".modules_to_save." not in f".{name}"}
         self.frozen_norms = list(frozen.values())
