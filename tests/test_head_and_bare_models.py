@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fact_peft import FacTConfig
-from fact_peft.tuner.renaming import Renaming
+from fact_peft.adapter.renaming import Renaming
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 VIT = ViTConfig(**VIT_SHAPE)
@@ -171,5 +171,7 @@ def test_renaming_of_tensors_is_by_name_alone():
         bare_keys, head_keys = ({f"{prefix}{name}": i for i, name in enumerate(names)} for names in (bare, head))
         assert strip.tensors(head_keys) == bare_keys
         assert add.tensors(bare_keys) == head_keys
-        assert strip.tensors({**head_keys, f"{prefix}classifier.weight": 9}, ["classifier"]) == bare_keys
-        assert list(strip.tensors({f"{prefix}classifiers.weight": 9}, ["classifier"]).values()) == [9]
+        assert strip.tensors(bare_keys) == bare_keys and add.tensors(head_keys) == head_keys
+        headless = Renaming(removed="vit.", left_out=("classifier",))
+        assert headless.tensors({**head_keys, f"{prefix}classifier.weight": 9}) == bare_keys
+        assert list(headless.tensors({f"{prefix}classifiers.weight": 9}).values()) == [9]

@@ -5,28 +5,23 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    _ExcludedModule,
-    _find_minimal_target_modules,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
+from ..adapter.config import FacTConfig
+from ..adapter.names import mark_local_folder
+from ..adapter.renaming import UNCHANGED, find_renaming
+from ..adapter.validation import FACTORS
 from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers, fitting_labels
 from ..architecture.linears import base_of, check_order, find_linears, is_fused, part_names, walk
 from ..architecture.multihead import IN_PROJ
-from ..method.tensorization import PARTS, Slices, describe_layout, read_layout, tensorize
-from ..storage.hub import with_folders_marked
-from .config import FacTConfig
-from .factors import FACTORS
-from .mismatch import mismatched_heads_are_ignored
+from ..method.tensorization import PARTS, describe_layout, read_layout, tensorize
+from ..upstream import ExcludedModule, find_minimal_target_modules, include_all_linear_layers
 from .refusals import (
     check_adapter_name,
     check_blocks,
@@ -40,35 +35,20 @@ from .refusals import (
     some,
     warn_of_unmatched,
 )
-from .renaming import UNCHANGED, Renaming, find_renaming
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a config means for a model.
-
-    Attributes:
-        config: A copy of the config with heads, labels, targets and layout settled, in the names of the model.
-        slices: The slices that each targeted layer will own, by its name.
-        renaming: From the names that a saved adapter has to those of the model.
-        left_out: Modules that a saved adapter has trained in full and the model does not have, by their saved names.
-    """
-
-    config: FacTConfig
-    slices: Mapping[str, Slices]
-    renaming: Renaming = UNCHANGED
-    left_out: tuple[str, ...] = ()
-
-
-def plan(asked: FacTConfig, model: nn.Module, adapter_name: str = "default") -> Plan:
+def resolve(asked: FacTConfig, model: nn.Module, adapter_name: str = "default") -> FacTConfig:
     """What a config means for a model; neither is changed.
 
     Args:
         asked: What the user asks for, or the config of a saved adapter, which has a layout.
         model: The model to adapt.
         adapter_name: Name of the adapter to make.
+
+    Returns:
+        A copy of the config with heads, labels, targets and layout settled, in the names of the model.
 
     Warns:
         UserWarning: If a name in the config matches nothing, or it says `fan_in_fan_out` of an ``nn.Linear``.
@@ -80,11 +60,11 @@ def plan(asked: FacTConfig, model: nn.Module, adapter_name: str = "default") -> 
     check_adapter_name(adapter_name)
     check_model(model)
     config = copy.copy(asked)
-    config.base_model_name_or_path = with_folders_marked(config.base_model_name_or_path)
-    renaming = find_renaming(read_layout(config.layout)[0], model) if config.layout else UNCHANGED
-    left_out = settle_heads(config, model, renaming)
+    config.base_model_name_or_path = mark_local_folder(config.base_model_name_or_path)
+    config.renaming = find_renaming(read_layout(config.layout)[0], model) if config.layout else UNCHANGED
+    settle_heads(config, model)
     settle_targets(config, model)
-    targets, parts = settle_layout(config, model, renaming)
+    targets, parts = settle_layout(config, model)
     check_order(model, parts)
     check_shared_weights(model, targets)
     check_owner(model, adapter_name, targets)
@@ -100,15 +80,14 @@ def plan(asked: FacTConfig, model: nn.Module, adapter_name: str = "default") -> 
             )
     if asked.layout is None:
         warn_of_unmatched(asked, model, find_linears(model))
-    if left_out:
-        logger.info("%s has no %s: left out of the adapter.", type(model).__name__, ", ".join(left_out))
-    return Plan(config, slices, renaming, left_out)
+    return config
 
 
-def settle_heads(config: FacTConfig, model: nn.Module, renaming: Renaming) -> tuple[str, ...]:
-    """Settle `modules_to_save` and `labels`; return which modules of a saved adapter the model does not have.
+def settle_heads(config: FacTConfig, model: nn.Module) -> None:
+    """Settle `modules_to_save` and `labels`.
 
-    A bare model has no head, and one of timm without classes has ``nn.Identity`` in its place.
+    What a saved adapter has trained in full is left out where the model does not have it: a bare model has no head, and
+    a timm model without classes has ``nn.Identity`` in its place.
 
     Raises:
         ValueError: If a head is quantised, or the labels do not fit it.
@@ -121,9 +100,9 @@ def settle_heads(config: FacTConfig, model: nn.Module, renaming: Renaming) -> tu
     elif config.layout is not None and config.modules_to_save:
         kept = []
         for saved in config.modules_to_save:
-            name = saved.removeprefix(renaming.removed)
+            name = saved.removeprefix(config.renaming.removed)
             found = [module for other, module in walk(model) if other.endswith(name)]
-            missing = bool(renaming.removed) and not found
+            missing = bool(config.renaming.removed) and not found
             if missing or (found and not any(module.state_dict() for module in found)):
                 left_out.append(saved)
             else:
@@ -131,15 +110,16 @@ def settle_heads(config: FacTConfig, model: nn.Module, renaming: Renaming) -> tu
         config.modules_to_save = kept
     heads = config.modules_to_save or []
     check_trainable(heads, model)
-    if left_out and not heads:
-        config.labels = None
+    if left_out:
+        logger.info("%s has no %s: left out of the adapter.", type(model).__name__, ", ".join(left_out))
+        config.renaming = replace(config.renaming, left_out=tuple(left_out))
+        config.labels = config.labels if heads else None
     try:
         config.labels = fitting_labels(config.labels, model, heads)
     except ValueError:
-        if not mismatched_heads_are_ignored():
+        if not config.ignores_mismatched_head:
             raise
         config.labels = fitting_labels(None, model, heads)
-    return tuple(left_out)
 
 
 def settle_targets(config: FacTConfig, model: nn.Module) -> None:
@@ -152,7 +132,7 @@ def settle_targets(config: FacTConfig, model: nn.Module) -> None:
     if config.target_modules is None:
         config.target_modules = default_targets(config, model)
     all_linear = str(config.target_modules).lower() == "all-linear"
-    _maybe_include_all_linear_layers(config, model)
+    include_all_linear_layers(config, model)
     if all_linear:  # PEFT looks for modules, which an in_proj becomes only later
         assert isinstance(config.target_modules, set)
         config.target_modules |= {name for name in find_linears(model) if name.rpartition(".")[2] == IN_PROJ}
@@ -163,7 +143,7 @@ def settle_targets(config: FacTConfig, model: nn.Module) -> None:
 
 def shortest(targets: set[str], model: nn.Module) -> set[str]:
     """The shortest suffixes that tell `targets` from all other modules of the model."""
-    return _find_minimal_target_modules(targets, {*(name for name, _ in walk(model)), *find_linears(model)} - targets)
+    return find_minimal_target_modules(targets, {*(name for name, _ in walk(model)), *find_linears(model)} - targets)
 
 
 def default_targets(config: FacTConfig, model: nn.Module) -> set[str]:
@@ -203,17 +183,15 @@ def is_targeted(config: Any, name: str | None) -> Any:
 def targeted_parts(config: FacTConfig, name: str | None, fused: bool) -> str:
     """Which of q, k and v of the linear layer `name` are targeted; of a layer that is not fused, all or none."""
     whole = is_targeted(config, name)
-    if isinstance(whole, _ExcludedModule) or not fused:
+    if isinstance(whole, ExcludedModule) or not fused:
         return PARTS if whole else ""
     answers = {part: is_targeted(config, f"{name}.{part}") for part in PARTS}
     return "".join(
-        part for part, answer in answers.items() if answer or (whole and not isinstance(answer, _ExcludedModule))
+        part for part, answer in answers.items() if answer or (whole and not isinstance(answer, ExcludedModule))
     )
 
 
-def settle_layout(
-    config: FacTConfig, model: nn.Module, renaming: Renaming
-) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+def settle_layout(config: FacTConfig, model: nn.Module) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """Settle `layout` and `fan_in_fan_out`; return the shapes of the targeted layers and their parts, by name.
 
     Targets are matched under the names that a saved adapter has for the layers.
@@ -224,7 +202,7 @@ def settle_layout(
             of other layers.
     """
     linears, modules = find_linears(model), dict(walk(model))
-    saved = {name: renaming.saved(name) for name in {**linears, **modules}}
+    saved = {name: config.renaming.saved(name) for name in {**linears, **modules}}
     for name, module in modules.items():
         if name not in linears and is_targeted(config, saved[name]):
             raise ValueError(
@@ -257,7 +235,7 @@ def settle_layout(
         )
     if config.layout is None:
         check_readable(layout, targets, parts)
-    if renaming != UNCHANGED:  # what selected these layers was said in other names
+    if config.renaming.changes_names:  # what selected these layers was said in other names
         names = {part for name in targets for part in part_names(name, parts.get(name, ""))}
         config.target_modules = shortest(names, model)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

@@ -11,13 +11,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..adapter.config import FacTConfig
+from ..adapter.validation import FACTORS
 from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.heads import find_classifiers
 from ..architecture.linears import base_of, is_fused, part_names, walk
 from ..method.tensorization import PARTS, block_of, describe_layout, read_layout
-from .config import FacTConfig
-from .factors import FACTORS, FacTLayer, SharedFactors
+from .factors import FacTLayer, SharedFactors
 from .layer import FacTLinear, find_quantization
+from .removal import own_stacks
 
 # Attributes that PEFT's containers of factors and heads have: none can be the name of an adapter in them.
 RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
@@ -76,7 +78,7 @@ def check_owner(model: nn.Module, adapter_name: str, layers: Iterable[str]) -> N
     Raises:
         ValueError: If one of `layers` has an adapter of this name whose factors belong to another model.
     """
-    own = list(getattr(model, FACTORS, {}).values())
+    own = own_stacks(model)
     modules = dict(walk(model))
     for name in layers:
         layer = modules.get(name)

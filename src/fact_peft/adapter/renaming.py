@@ -15,9 +15,8 @@ from torch import nn
 
 from ..architecture.linears import find_linears
 from ..method.tensorization import split_stack
-from .factors import FACTORS
+from .validation import FACTORS, PREFIX
 
-PREFIX = "base_model.model."  # of all names in an adapter's file
 Value = TypeVar("Value")
 
 
@@ -28,20 +27,27 @@ class Renaming:
     Attributes:
         removed: Prefix of the saved names that the model's names do not have, with its dot.
         added: Prefix of the model's names that the saved names do not have, with its dot.
+        left_out: Saved names of the modules trained in full that the model does not have.
     """
 
     removed: str = ""
     added: str = ""
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def changes_names(self) -> bool:
+        """Whether the names differ."""
+        return bool(self.removed or self.added)
 
     def here(self, saved: str) -> str:
-        """The name in the model."""
-        return self.added + saved.removeprefix(self.removed)
+        """The name in the model; a name of the model stays as it is."""
+        return self.added + saved.removeprefix(self.removed).removeprefix(self.added)
 
     def saved(self, name: str) -> str | None:
         """The saved name of a module of the model; None if the adapter's model cannot have had it."""
         return self.removed + name.removeprefix(self.added) if name.startswith(self.added) else None
 
-    def tensors(self, tensors: Mapping[str, Value], left_out: Collection[str] = ()) -> dict[str, Value]:
+    def tensors(self, tensors: Mapping[str, Value]) -> dict[str, Value]:
         """The tensors of a saved adapter under the names of the model, without those of the modules in `left_out`."""
         renamed = {}
         for key, tensor in tensors.items():
@@ -51,7 +57,7 @@ class Renaming:
             if first == FACTORS:
                 stack, _, factor = rest.partition(".")
                 renamed[f"{prefix}{FACTORS}.{self.stack(stack)}.{factor}"] = tensor
-            elif not any(name.startswith(f"{module}.") for module in left_out):
+            elif not any(name.startswith(f"{module}.") for module in self.left_out):
                 renamed[prefix + self.here(name)] = tensor
         return renamed
 
