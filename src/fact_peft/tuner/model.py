@@ -69,7 +69,7 @@ class FacTModel(BaseTuner):
                 raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is replaced.")
             config = resolve(asked, model, adapter_name)
             if asked.inference_mode:
-                # `PeftModel.from_pretrained(model, folder, config=config)` hands the adapter's config over and keeps it.
+                # `PeftModel.from_pretrained(model, folder, config=config)` passes the adapter's config and keeps it.
                 vars(asked).update(vars(config))
                 config = asked
         except Exception:
