@@ -20,7 +20,7 @@ from transformers import (
     ViTModel,
 )
 
-from fact_peft import FacTConfig
+from fact_peft import Adapter, FacTConfig
 from fact_peft.adapter.renaming import Renaming
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -121,6 +121,36 @@ def test_adapter_of_a_timm_classifier_gives_the_same_features_without_the_head(t
         loaded = PeftModel.from_pretrained(bare, tmp_path).eval()
     assert "has no head: left out of the adapter" in caplog.text
     torch.testing.assert_close(loaded.forward_features(IMAGES), classifier.forward_features(IMAGES))
+
+
+@pytest.mark.parametrize("share", ["model", "block"])
+def test_other_ways_to_load_give_the_same_features(share, tmp_path):
+    head, bare = pair("ViT")
+    disturbed(head, share=share).save_pretrained(tmp_path)
+    expected = features(PeftModel.from_pretrained(pair("ViT")[1], tmp_path).eval())
+    Adapter.read(tmp_path).attach(bare)
+    assert torch.equal(features(bare), expected)
+    again = pair("ViT")[1]
+    Adapter.of(bare).attach(again)
+    assert torch.equal(features(again), expected)
+    back = pair("ViT")[0]
+    Adapter.of(bare).attach(back)
+    torch.testing.assert_close(features(back), expected)
+    Adapter.of(back).fill(back)
+    torch.testing.assert_close(features(back), expected)
+
+
+def test_transformers_loader_gives_the_same_features_or_is_refused(tmp_path):
+    for share in ("model", "block"):
+        disturbed(pair("ViT")[0], share=share).save_pretrained(tmp_path / share)
+    expected = features(PeftModel.from_pretrained(pair("ViT")[1], tmp_path / "model").eval())
+    bare = pair("ViT")[1]
+    bare.load_adapter(str(tmp_path / "model"))
+    assert torch.equal(features(bare), expected)
+    bare = pair("ViT")[1]
+    bare.load_adapter(str(tmp_path / "block"))
+    with pytest.raises(ValueError, match="does not read blocks of other names"):
+        features(bare)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ those that the other has.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -71,7 +71,7 @@ class Renaming:
 UNCHANGED = Renaming()
 
 
-def find_renaming(layers: Collection[str], model: nn.Module) -> Renaming:
+def find_renaming(layers: Iterable[str], model: nn.Module) -> Renaming:
     """How `layers` of a saved adapter have to be renamed to be layers of `model`; not at all if it has one of them."""
     base = str(getattr(model, "base_model_prefix", ""))
     if not base or not find_linears(model).keys().isdisjoint(layers):

@@ -65,7 +65,7 @@ def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{path} cannot be read as tensors alone: it is damaged, or its pickle holds objects of other code, which "
-            "is never run here. If you trust the file, load it with the code that made it and save its tensors by name, "
+            "is never run here. If you trust the file, load it in the code that made it and save its tensors by name, "
             'such as torch.save(checkpoint["model_state"], ...).'
         ) from error
     if not isinstance(content, dict):

@@ -158,20 +158,23 @@ class FacTStack(nn.Module, FacTLayer):
         self.unloaded.add(adapter_name)
 
     def check_loaded(self, adapter_name: str) -> None:
-        """Refuse to compute with factors whose packed file was never unpacked.
+        """Refuse to compute with factors that transformers' own loader cannot have loaded.
 
-        transformers' own loader copies tensors by name and leaves out what has another shape, as packed bytes do.
+        It copies tensors by name and leaves out those of another shape, as packed bytes are, or of another name, as a
+        block has in a bare model.
 
         Raises:
-            ValueError: If the adapter is saved in integers and was not loaded.
+            ValueError: If the adapter is saved in integers or under other names, and was not loaded.
         """
         config = self.fact_config[adapter_name]
-        if adapter_name in self.unloaded and (bits_of(config.storage) or bits_of(config.storage_of_heads)):
+        packed = bits_of(config.storage) or bits_of(config.storage_of_heads)
+        renamed = config.share == "block" and config.renaming.changes_names
+        if adapter_name in self.unloaded and (packed or renamed):
             raise ValueError(
-                f"Adapter {adapter_name!r} is saved as {config.storage or config.storage_of_heads}, and its numbers "
-                "were not loaded: transformers' load_adapter does not read packed files. Load it with "
-                "PeftModel.from_pretrained or Adapter.read(folder).attach(model); to train a new adapter with this "
-                "config, set layout=None."
+                f"The numbers of adapter {adapter_name!r} were not loaded: transformers' load_adapter does not read "
+                + (f"packed files ({config.storage or config.storage_of_heads})" if packed else "blocks of other names")
+                + ". Load it with PeftModel.from_pretrained or Adapter.read(folder).attach(model); to train a new "
+                "adapter with this config, set layout=None."
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

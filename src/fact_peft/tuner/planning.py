@@ -20,7 +20,7 @@ from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers, fitting_labels
 from ..architecture.linears import base_of, check_order, find_linears, is_fused, part_names, walk
 from ..architecture.multihead import IN_PROJ
-from ..method.tensorization import PARTS, describe_layout, read_layout, tensorize
+from ..method.tensorization import PARTS, describe_layout, tensorize
 from ..upstream import ExcludedModule, find_minimal_target_modules, include_all_linear_layers
 from .refusals import (
     check_adapter_name,
@@ -61,7 +61,7 @@ def resolve(asked: FacTConfig, model: nn.Module, adapter_name: str = "default") 
     check_model(model)
     config = copy.copy(asked)
     config.base_model_name_or_path = mark_local_folder(config.base_model_name_or_path)
-    config.renaming = find_renaming(read_layout(config.layout)[0], model) if config.layout else UNCHANGED
+    config.renaming = find_renaming(config.slices, model) if config.layout else UNCHANGED
     settle_heads(config, model)
     settle_targets(config, model)
     targets, parts = settle_layout(config, model)
@@ -223,7 +223,9 @@ def settle_layout(config: FacTConfig, model: nn.Module) -> tuple[dict[str, tuple
             )
             config.fan_in_fan_out = False
     layout = describe_layout(targets, parts)
-    as_saved = describe_layout(*({saved[name]: value for name, value in each.items()} for each in (targets, parts)))
+    as_saved = describe_layout(
+        {str(saved[name]): shape for name, shape in targets.items()}, {str(saved[name]): parts[name] for name in parts}
+    )
     if config.layout not in (None, as_saved):
         raise ValueError(layout_mismatch(config, layout, model))
     if not targets:

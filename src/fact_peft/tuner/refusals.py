@@ -42,8 +42,8 @@ def check_model(model: nn.Module) -> None:
     """
     if isinstance(model, (PeftModel, BaseTuner)) and any(isinstance(module, FacTLayer) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} has a FacT adapter already. Use model.add_adapter(name, config) for another one, "
-            "or model.unload() to start again from the base model."
+            f"{type(model).__name__} has a FacT adapter already. Use model.add_adapter(name, config) or "
+            "model.load_adapter(folder, name) for another one, or model.unload() to get the base model back."
         )
     if not isinstance(getattr(model, FACTORS, SharedFactors()), SharedFactors):
         raise ValueError(
@@ -152,7 +152,8 @@ def check_shared_weights(model: nn.Module, layers: Iterable[str]) -> None:
     Raises:
         ValueError: If a layer is a child of two modules, or two layers have one weight.
     """
-    first, weights = {model.get_submodule(name): name for name in layers if has_module(model, name)}, {}
+    first = {model.get_submodule(name): name for name in layers if has_module(model, name)}
+    weights: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if module not in first or name == first[module]:
             continue
@@ -202,8 +203,9 @@ def warn_of_unmatched(asked: FacTConfig, model: nn.Module, linears: Iterable[str
         UserWarning: If there is such a name.
     """
     layers = [part for name in linears for part in (name, *(part_names(name) if is_fused(model, name) else []))]
+    suffixes = {layer.split(".", start)[-1] for layer in layers for start in range(layer.count(".") + 1)}
     targets = asked.target_modules if isinstance(asked.target_modules, set) else set()
-    unmatched = sorted(name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in layers))
+    unmatched = sorted(targets - suffixes)
     if unmatched:
         last_names = dict.fromkeys(name.rpartition(".")[2] for name in linears)
         warnings.warn(
