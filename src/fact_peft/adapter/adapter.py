@@ -23,7 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architecture.labels import current_labels
+from ..architecture.heads import current_labels
 from ..method.decomposition import DECOMPOSITIONS, core_grid, core_matrix, increment_norm
 from ..method.tensorization import Slices
 from .config import FacTConfig, fact_config
@@ -164,7 +164,7 @@ class Adapter:
         Raises:
             ValueError: If the adapter there has other layers, another rank or another head.
         """
-        tensors = self.state_dict()
+        tensors = fact_config(model, adapter_name).renaming.tensors(self.state_dict())
         if not isinstance(model, PeftModel):  # PEFT looks heads up by their names in the model
             tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)

@@ -18,7 +18,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig, fact_config
 from ..adapter.files import find_folder, replacing_files
 from ..adapter.names import is_hub_id
-from ..architecture.labels import label_settings
+from ..architecture.heads import label_settings
 from ..upstream import accept_in_pipeline
 from .base_model import load_base
 from .card import check_metrics, copy_model_card, write_model_card

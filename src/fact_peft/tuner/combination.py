@@ -16,7 +16,7 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
 from ..adapter.validation import factor_shapes
-from ..architecture.fused import part_names
+from ..architecture.linears import part_names
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import PARTS, describe_layout
 
