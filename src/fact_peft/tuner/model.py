@@ -21,7 +21,7 @@ from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import Slices, stack_sizes
 from ..storage.adapter_file import is_finite
 from ..storage.quoting import for_terminal
-from .call import calling_with, current_batch
+from .adapter_names import using_adapters
 from .combination import combined_config, fill_with_sum
 from .config import FacTConfig, fact_config
 from .contents import split_off_foreign
@@ -29,7 +29,7 @@ from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors, ordinary_tens
 from .head import adopt_heads
 from .layer import FacTLinear
 from .mismatch import mismatched_heads_are_ignored
-from .mixed_batch import mixed_batch
+from .mixed_batch import calling_with, current_batch
 from .planning import check_adapter_name, is_targeted, resolve
 from .stored import from_storage, to_storage_together
 
@@ -273,7 +273,7 @@ class FacTModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is not None:
-            with mixed_batch(self.model, adapter_names, args, kwargs):
+            with using_adapters(self.model, adapter_names, args, kwargs):
                 yield
         elif current_batch() is not None:  # called inside another call, but not with its adapters
             with calling_with(None):
