@@ -87,13 +87,18 @@ def reordered(cores: Tensor, theirs: Mapping[Layer, Slices], ours: Mapping[Layer
     Args:
         cores: In the order of `theirs`.
         theirs: Slices by layer.
-        ours: Slices of these layers and maybe more, by layer, in their order.
+        ours: Slices of these layers and maybe more, by layer, in their order: of a layer the same parts or all.
     """
     absent = cores.shape[1]
-    order = []
+    order: list[int] = []
     for layer, owned in ours.items():
-        places = theirs[layer].places if layer in theirs else [None] * owned.count
-        order += [absent if place is None else place for place in places]
+        its = theirs.get(layer)
+        if its is None:
+            order += [absent] * owned.count
+        elif its.parts == owned.parts:
+            order += range(its.first, its.first + its.count)
+        else:
+            order += [absent if place is None else place for place in its.places]
     if order[:absent] == list(range(absent)):
         return cores
     with_absent = torch.nn.functional.pad(cores, (0, 0, 0, 0, 0, 1))

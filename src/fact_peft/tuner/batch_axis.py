@@ -8,7 +8,6 @@ which the adapters of images 0, 2, 4... give NaN: what images 1, 3, 5... get mus
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,9 +45,7 @@ def check_batch_axis(model: nn.Module, batch: MixedBatch, args: Sequence[Any], k
 @torch.no_grad()
 def call_poisoned(model: nn.Module, batch: MixedBatch, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Call the model once and look at its output; as `check_batch_axis`."""
-    poisoned = copy.copy(batch)
-    poisoned.poisoned = True
-    with calling_with(poisoned):
+    with calling_with(batch.poisoned_copy()):
         outputs = list(of_odd_images(model(*args, **kwargs), batch.num_images))
     if outputs and not any(output.isnan().any() for output in outputs):
         return

@@ -14,6 +14,7 @@ them: of the context variable every thread (and every asynchronous task) has its
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,12 @@ class MixedBatch:
                 "what belongs to no image, and cannot have one adapter per image."
             )
         return x.reshape(self.num_images, -1, x.shape[-1])
+
+    def poisoned_copy(self) -> MixedBatch:
+        """The same batch, poisoned; what it computes is its own."""
+        poisoned = copy.copy(self)
+        poisoned.poisoned, poisoned._banks = True, {}
+        return poisoned
 
     def poison(self, x: Tensor) -> Tensor:
         """`x`; in a poisoned batch with NaN in the rows of images 0, 2, 4..."""
