@@ -57,5 +57,5 @@ def hotswap_adapter(
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
     loaded.labels, loaded.storage, loaded.head_storage = saved.labels, saved.storage, saved.head_storage
     for stack in model.modules():
-        if isinstance(stack, FacTStack) and adapter_name in stack.fact_config:
+        if isinstance(stack, FacTStack) and adapter_name in stack.fact_U:
             stack.fact_V[adapter_name].mul_(saved.scale / loaded.scale)

@@ -98,7 +98,7 @@ class StraightThrough:
 
 def stacks_of(model: nn.Module, adapter_name: str) -> list[FacTStack]:
     """The stacks that an adapter has factors in."""
-    return [m for m in model.modules() if isinstance(m, FacTStack) and adapter_name in m.fact_config]
+    return [m for m in model.modules() if isinstance(m, FacTStack) and adapter_name in m.fact_U]
 
 
 def head_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:

@@ -104,8 +104,8 @@ class MixedBatch(PerImageCall):
         """The factors of all images, gathered when a stack is used first."""
         key = (stack, device, dtype)
         if key not in self._banks:
-            adapters = [stack.terms(name) if name in stack.fact_config else None for name in self.distinct]
-            scales = [stack.scale(name) if name in stack.fact_config else 0.0 for name in self.distinct]
+            adapters = [stack.terms(name) if name in stack.fact_U else None for name in self.distinct]
+            scales = [stack.scale(name) if name in stack.fact_U else 0.0 for name in self.distinct]
             gathered = bank(adapters, scales).to(device, dtype)
             in_order = len(self.distinct) == len(self.names)
             self._banks[key] = gathered if in_order else gathered[self.index(device)]
@@ -113,7 +113,7 @@ class MixedBatch(PerImageCall):
 
     def cores(self, factors: FactorBank, stack: FacTStack, slices: Mapping[str, Slices]) -> Tensor:
         """The cores (images, a, b, r, r) of one layer, of which each adapter has its `slices`."""
-        owned = [slices.get(name) for name in self.distinct if name in stack.fact_config]
+        owned = [slices.get(name) for name in self.distinct if name in stack.fact_U]
         if owned[0] is not None and len(set(owned)) == 1:  # all adapters have the same slices, or none
             return core_grid(factors.cores.narrow(1, owned[0].first, owned[0].count), owned[0])
         absent = factors.cores.shape[1] - 1  # the slice of zeros

@@ -7,6 +7,7 @@ counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeR
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,7 +48,22 @@ class SharedFactors(nn.ModuleDict):
     On an ``nn.Sequential`` they are one more child, the last: whoever indexes, slices, counts or iterates over an
     adapted one meets it (``model[:-1]`` drops the factors, not the head). Since the factors must be a parameter of the
     adapted model itself, they can be nowhere else there; adapt a module that holds the Sequential instead.
+
+    Attributes:
+        configs: The model's own config of each adapter. Stacks and heads read this very dict.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.configs: dict[str, FacTConfig] = {}
+
+    def stack_for(self, slices: Slices) -> FacTStack:
+        """The stack that holds `slices`, created where it is missing."""
+        if slices.stack not in self:
+            self[slices.stack] = FacTStack(slices.in_width, slices.out_width, self.configs)
+        stack = self[slices.stack]
+        assert isinstance(stack, FacTStack)
+        return stack
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass through, so that an ``nn.Sequential``, which calls all its children, can carry the factors too."""
@@ -58,35 +74,37 @@ class FacTStack(nn.Module, FacTLayer):
     """The factors of all slices of one shape, for every adapter of the model.
 
     Paper letters: ``fact_U`` (d, r), ``fact_V`` (e, r), ``fact_Sigma`` (N, r, r) for tensor-train, ``fact_C``
-    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. ``fact_config`` has, per
-    adapter, the model's own config: scale, dropout and decomposition are read from there.
+    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. Scale, dropout and
+    decomposition are read from the adapter's config when they are needed.
     """
 
     adapter_layer_names = ("fact_U", "fact_V", *(f"fact_{name}" for name in CORE_FACTORS))
-    other_param_names = ("fact_config",)
+    other_param_names = ("configs",)
     fact_U: nn.ParameterDict
     fact_V: nn.ParameterDict
     # BaseTunerLayer looks these up in a base layer; a stack has none.
     weight = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, configs: dict[str, FacTConfig]) -> None:
         """
         Args:
             in_features: Inputs d of one slice.
             out_features: Outputs e of one slice.
+            configs: Of all adapters of the model, see `SharedFactors`.
         """
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.fact_config: dict[str, FacTConfig] = {}
-        self.merged_adapters = []
+        self.configs = configs
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        self.num_merged: Counter[str] = Counter()
 
     def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:
         """Create and initialise the factors of an adapter with `num_slices` slices in this stack."""
-        self.fact_config[adapter_name] = config
+        self.configs[adapter_name] = config
         decomposition = DECOMPOSITIONS[config.decomposition]
         shapes = decomposition.shapes(self.in_features, self.out_features, num_slices, config.rank)
         factors = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
@@ -96,15 +114,15 @@ class FacTStack(nn.Module, FacTLayer):
 
     def decomposition(self, adapter_name: str) -> Decomposition:
         """How the cores of an adapter are written."""
-        return DECOMPOSITIONS[self.fact_config[adapter_name].decomposition]
+        return DECOMPOSITIONS[self.configs[adapter_name].decomposition]
 
     def scale(self, adapter_name: str) -> float:
         """The scale s of an adapter."""
-        return float(self.fact_config[adapter_name].scale)
+        return float(self.configs[adapter_name].scale)
 
     def dropout(self, adapter_name: str) -> float:
         """The probability of dropout on an adapter's activation between core and V, when it trains."""
-        return float(self.fact_config[adapter_name].fact_dropout)
+        return float(self.configs[adapter_name].fact_dropout)
 
     def factors(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The factors of an adapter under their paper letters."""
@@ -113,9 +131,7 @@ class FacTStack(nn.Module, FacTLayer):
 
     def cores(self, adapter_name: str, slices: Slices) -> Tensor:
         """Sigma_k (count, r, r) of a layer's slices."""
-        decomposition = self.decomposition(adapter_name)
-        factors = {name: getattr(self, f"fact_{name}")[adapter_name] for name in decomposition.core_factors}
-        return decomposition.cores(factors, slices.first, slices.count)
+        return self.decomposition(adapter_name).cores(self.factors(adapter_name), slices.first, slices.count)
 
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """U (d, r), all cores Sigma_k (N, r, r) and V (e, r) of an adapter."""
@@ -129,7 +145,32 @@ class FacTStack(nn.Module, FacTLayer):
             if factor.device.type != "meta":
                 factor.data = factor.data.to(device=device, dtype=dtype)
 
-    # PEFT asks every tuner layer to merge. The linear layers do, and keep `merged_adapters` of the stack current.
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """Adapters that a layer has merged, for PEFT's status of the model."""
+        return list(self.num_merged)
+
+    @ordinary_tensors()
+    def merge_in(self, adapter_name: str) -> dict[str, Tensor]:
+        """Count one more layer that has merged an adapter.
+
+        Returns:
+            Copies of the factors as they are now, for unmerging: one set for all layers, until a factor changes.
+        """
+        factors = self.factors(adapter_name)
+        copies = self.copies.get(adapter_name)
+        if copies is None or not all(torch.equal(copies[name], factor) for name, factor in factors.items()):
+            self.copies[adapter_name] = {name: factor.detach().clone() for name, factor in factors.items()}
+        self.num_merged[adapter_name] += 1
+        return self.copies[adapter_name]
+
+    def take_out(self, adapter_name: str) -> None:
+        """Count one layer less; after the last one, nothing is kept."""
+        self.num_merged[adapter_name] -= 1
+        if not self.num_merged[adapter_name]:
+            del self.num_merged[adapter_name], self.copies[adapter_name]
+
+    # PEFT asks every tuner layer to merge. The linear layers do.
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         pass

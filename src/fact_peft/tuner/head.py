@@ -8,30 +8,48 @@ from typing import Any
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from ..architecture.heads import find_classifiers
 from .call import MixedBatch, current_batch
 from .config import FacTConfig
 from .stored import to_storage
 
 
 class FacTHead(ModulesToSaveWrapper):
-    """`ModulesToSaveWrapper` that knows mixed batches.
+    """`ModulesToSaveWrapper` that knows mixed batches, and trains a head of a half-precision model in float32.
 
     PEFT's own takes the adapters of a batch as an argument, which only a hook on this shared module can pass, and wants
     outputs of one size.
 
     Attributes:
-        fact_config: The model's own config of each adapter, as in `FacTStack`.
+        configs: The model's own config of each adapter, see `SharedFactors`.
+        is_classifier: Whether its output is that of the model, and so stays in float32. Another module's is cast back
+            for the half-precision layers behind it.
     """
 
-    fact_config: dict[str, FacTConfig]
+    configs: dict[str, FacTConfig]
+    is_classifier: bool
+
+    def to_float32(self, adapter_name: str) -> None:
+        """Cast the head of an adapter from float16 or bfloat16, in which no optimizer can train it."""
+        if adapter_name in self.modules_to_save:
+            cast_in_place(self.modules_to_save[adapter_name], torch.float32)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The active head in the precision of the model, of which it becomes a part."""
+        module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        cast_in_place(module, dtype_of(self.original_module))
+        return module
 
     def adapter_state_dict(  # type: ignore[override]  # as ModulesToSaveWrapper has it
         self, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The tensors of an adapter's head as they are saved."""
         tensors = super().adapter_state_dict(adapter_name, state_dict)
-        config = self.fact_config.get(adapter_name)  # none of an adapter of another method
+        config = self.configs.get(adapter_name)  # none of an adapter of another method
         storage = config.storage_of_heads if config else None
         return {name: to_storage(name, tensor, storage) for name, tensor in tensors.items()}
 
@@ -44,7 +62,7 @@ class FacTHead(ModulesToSaveWrapper):
         batch = current_batch(self)
         if batch is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
-        heads = [
+        heads: list[nn.Module] = [
             self.modules_to_save[name] if name in self.modules_to_save else self.original_module
             for name in batch.distinct
         ]
@@ -53,14 +71,45 @@ class FacTHead(ModulesToSaveWrapper):
         return per_image_heads(batch, heads, *args, **kwargs)
 
 
-def adopt_heads(model: nn.Module, adapter_name: str, config: FacTConfig) -> None:
-    """Make the heads that PEFT has wrapped into such heads, and give them the config of a new adapter."""
-    for module in model.modules():
+    def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        """As the head of the active adapter, in its precision."""
+        head, dtype = self.modules_to_save[self.active_adapters[0]], dtype_of(self.original_module)
+        if dtype_of(head) == dtype:
+            return head(*args, **kwargs)
+        args, kwargs = floats_to((args, kwargs), dtype_of(head))
+        output = head(*args, **kwargs)
+        return output if self.is_classifier else floats_to(output, dtype)
+
+
+def adopt_heads(model: nn.Module, configs: dict[str, FacTConfig]) -> None:
+    """Make the heads that PEFT has wrapped into such heads, which read their adapters' `configs`."""
+    classifiers = find_classifiers(model)
+    for name, module in model.named_modules():
         if type(module) is ModulesToSaveWrapper:
             module.__class__ = FacTHead
-            module.fact_config = {}  # type: ignore[assignment]
-        if isinstance(module, FacTHead):
-            module.fact_config[adapter_name] = config
+            assert isinstance(module, FacTHead)
+            module.configs, module.is_classifier = configs, name in classifiers
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the first parameter of floats; None if there is none."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+
+
+def cast_in_place(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Cast float16, bfloat16 and float32 parameters and buffers; other dtypes, such as a quantised weight's, stay."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if dtype is not None and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32):
+            tensor.data = tensor.data.to(dtype)
+
+
+def floats_to(values: Any, dtype: torch.dtype | None) -> Any:
+    """`values` with every tensor of floats, however deep, in a dtype."""
+    return tree_map(lambda value: value.to(dtype) if is_floats(value) else value, values)
+
+
+def is_floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def per_image_heads(

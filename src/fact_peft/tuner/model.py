@@ -26,7 +26,7 @@ from .combination import combined_config, fill_with_sum
 from .config import FacTConfig, fact_config
 from .contents import split_off_foreign
 from .factors import FACTORS, FacTLayer, FacTStack, SharedFactors, ordinary_tensors
-from .head import adopt_heads
+from .head import FacTHead, adopt_heads
 from .layer import FacTLinear
 from .mismatch import mismatched_heads_are_ignored
 from .mixed_batch import mixed_batch
@@ -82,7 +82,7 @@ class FacTModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         if in_part:  # PEFT shortens long lists to what tells modules apart, but not their parts
             config.target_modules = targets
-        adopt_heads(model, adapter_name, config)
+        adopt_heads(model, getattr(model, FACTORS).configs)
         if adapter_name in self.active_adapters:
             for wrapper in self._heads():  # PEFT activates a new head only where there was none
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
@@ -91,9 +91,9 @@ class FacTModel(BaseTuner):
     def _restore_config(self, adapter_name: str) -> None:
         """After a refusal: the config of the adapter that the model has under this name, or none."""
         del self.peft_config[adapter_name]
-        for stack in self._stacks():
-            if adapter_name in stack.fact_config:
-                self.peft_config[adapter_name] = stack.fact_config[adapter_name]
+        configs = getattr(self.model, FACTORS, SharedFactors()).configs
+        if adapter_name in configs:
+            self.peft_config[adapter_name] = configs[adapter_name]
 
     def _forget(self, adapter_name: str) -> None:
         """Drop an earlier adapter of this name, as when a notebook's cell is run again: the new one starts afresh."""
@@ -122,8 +122,10 @@ class FacTModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, FacTConfig)
         slices = self._plan[current_key]
-        stack = self._stack_for(slices)
-        if adapter_name not in stack.fact_config:
+        if not hasattr(self.model, FACTORS):
+            setattr(self.model, FACTORS, SharedFactors())
+        stack = getattr(self.model, FACTORS).stack_for(slices)
+        if adapter_name not in stack.fact_U:
             stack.add_adapter(adapter_name, peft_config, stack_sizes(self._plan.values())[slices.stack])
         if not isinstance(target, FacTLinear):
             layer = FacTLinear(target, **get_quantization_kwargs(self.model))
@@ -134,15 +136,6 @@ class FacTModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also moves parameters over, of which FacT's layers have none, and fails on a head without a weight.
         setattr(parent, child_name, new_module)
-
-    def _stack_for(self, slices: Slices) -> FacTStack:
-        """The stack that holds `slices`, created where it is missing."""
-        if not hasattr(self.model, FACTORS):
-            setattr(self.model, FACTORS, SharedFactors())
-        stacks = getattr(self.model, FACTORS)
-        if slices.stack not in stacks:
-            stacks[slices.stack] = FacTStack(slices.in_width, slices.out_width)
-        return stacks[slices.stack]
 
     def _linears(self) -> Iterator[FacTLinear]:
         return (module for module in self.model.modules() if isinstance(module, FacTLinear))
@@ -160,6 +153,9 @@ class FacTModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable[name])
+        for head in self.model.modules():
+            if autocast_adapter_dtype and isinstance(head, FacTHead):
+                head.to_float32(adapter_name)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Change the scale s of an adapter, also after training; it is saved with the adapter.
@@ -238,13 +234,12 @@ class FacTModel(BaseTuner):
 
     def _drop_empty_stacks(self) -> None:
         stacks = getattr(self.model, FACTORS, {})
-        for name in [name for name, stack in stacks.items() if not stack.fact_config]:
+        for name in [name for name, stack in stacks.items() if not stack.fact_U]:
             del stacks[name]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add increments to the base weights; see `BaseTuner.merge_adapter`. A refused `safe_merge` changes nothing."""
-        if safe_merge:
-            self._check_merge_is_finite(adapter_names)
+        """Add increments to the base weights; see `BaseTuner.merge_adapter`. A refused merge changes nothing."""
+        self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -254,20 +249,36 @@ class FacTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if merge and safe_merge:
-            self._check_merge_is_finite(adapter_names)
+        if merge:
+            self._check_mergeable(adapter_names, safe_merge)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if hasattr(self.model, FACTORS):
             delattr(self.model, FACTORS)
         close_attentions(self.model)
         return self.model
 
-    def _check_merge_is_finite(self, adapter_names: list[str] | None) -> None:
-        """Raise before the first layer is merged rather than at the first bad one."""
-        for layer in self._linears():
-            for adapter_name in layer.active_adapters if adapter_names is None else adapter_names:
-                if adapter_name in layer.fact_slices:
-                    layer.merged_weight(adapter_name, check=True)
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise before the first layer is merged rather than at the first bad one.
+
+        Raises:
+            ValueError: If a weight cannot take an increment, two layers share one, or with `safe_merge`, if a merged
+                weight would not be finite.
+        """
+        owners: dict[int, str] = {}
+        for path, layer in self.model.named_modules():
+            if not isinstance(layer, FacTLinear):
+                continue
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in names if name in layer.fact_slices]
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            owner = owners.setdefault(id(weight), path) if names and weight is not None else path
+            reason = layer.why_not_mergeable() if names else None
+            if owner != path:
+                reason = f"it shares its weight with {owner}, and one weight cannot hold two increments; untie them first"
+            if reason:
+                raise ValueError(f"An increment cannot be merged into {path}: {reason}.")
+            for name in names if safe_merge else ():
+                layer.merged_weight(name, check=True)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
