@@ -1,6 +1,6 @@
 """The linear layers of a model by name and shape, whatever PEFT has wrapped around them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -28,13 +28,25 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules below `module`, in order, without the insides of what PEFT has wrapped."""
+def walk(module: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules below `module`, in order and each once, without the insides of what PEFT has wrapped."""
+    seen = set() if seen is None else seen
     for name, child in module.named_children():
         full_name = f"{prefix}.{name}" if prefix else name
+        if child in seen:
+            continue
+        seen.add(child)
         yield full_name, child
         if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            yield from walk(child, full_name)
+            yield from walk(child, full_name, seen)
+
+
+def replace_everywhere(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in all places where modules are, except inside the others themselves."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replacements and replacements[child] is not parent:
+                setattr(parent, name, replacements[child])
 
 
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:

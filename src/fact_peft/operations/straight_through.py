@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..storage.packing import rounded
@@ -21,7 +21,8 @@ class StraightThrough:
 
     The gradient at the rounded numbers is taken for that at the exact ones (straight-through estimator; Bengio, Leonard
     and Courville 2013, arXiv 1308.3432). Between steps, so also when the model is evaluated or saved, it holds the
-    rounded numbers.
+    rounded numbers. Numbers that anybody else writes then, by loading a state dict or swapping the adapter, are the exact
+    ones from the next step on.
 
         StraightThrough(model, optimizer, "int4")  # in a loop of one's own, before the last epochs
 
@@ -69,6 +70,7 @@ class StraightThrough:
                         parameter.copy_(changed)
                         optimizer.state.pop(parameter, None)
             self._exact = {parameter: parameter.detach().clone() for parameter in self._storages}
+            self._rounded: dict[nn.Parameter, Tensor] = {}
             self._round()
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -83,7 +85,8 @@ class StraightThrough:
     @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
         for parameter, exact in self._exact.items():
-            parameter.copy_(exact)
+            if torch.equal(parameter, self._rounded[parameter].to(parameter)):
+                parameter.copy_(exact)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
@@ -94,6 +97,7 @@ class StraightThrough:
     def _round(self) -> None:
         for parameter, storage in self._storages.items():
             parameter.copy_(to_storage("parameter", parameter, storage, packing=rounded))
+            self._rounded[parameter] = parameter.detach().clone()
 
 
 def stacks_of(model: nn.Module, adapter_name: str) -> list[FacTStack]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from ..architecture.heads import find_classifiers
 from .call import MixedBatch, current_batch
 from .config import FacTConfig
 from .stored import to_storage
+
+CASTABLE = (torch.float16, torch.bfloat16, torch.float32)  # not float64, which a model has for a reason
 
 
 class FacTHead(ModulesToSaveWrapper):
@@ -67,18 +69,22 @@ class FacTHead(ModulesToSaveWrapper):
             for name in batch.distinct
         ]
         if batch.shared is not None:
-            return heads[0](*args, **kwargs)
-        return per_image_heads(batch, heads, *args, **kwargs)
-
+            return self._call(heads[0], *args, **kwargs)
+        output = per_image_heads(self._call, batch, heads, *args, **kwargs)
+        return output if self.is_classifier else floats_to(output, dtype_of(self.original_module))
 
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
-        """As the head of the active adapter, in its precision."""
-        head, dtype = self.modules_to_save[self.active_adapters[0]], dtype_of(self.original_module)
-        if dtype_of(head) == dtype:
+        head = self.modules_to_save[self.active_adapters[0]] if self.active_adapters else self.original_module
+        return self._call(head, *args, **kwargs)
+
+    def _call(self, head: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The output of an adapter's head, for inputs in the precision of the model."""
+        dtype, dtype_of_model = dtype_of(head), dtype_of(self.original_module)
+        if dtype == dtype_of_model:
             return head(*args, **kwargs)
-        args, kwargs = floats_to((args, kwargs), dtype_of(head))
+        args, kwargs = floats_to((args, kwargs), dtype)
         output = head(*args, **kwargs)
-        return output if self.is_classifier else floats_to(output, dtype)
+        return output if self.is_classifier else floats_to(output, dtype_of_model)
 
 
 def adopt_heads(model: nn.Module, configs: dict[str, FacTConfig]) -> None:
@@ -97,27 +103,28 @@ def dtype_of(module: nn.Module) -> torch.dtype | None:
 
 
 def cast_in_place(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Cast float16, bfloat16 and float32 parameters and buffers; other dtypes, such as a quantised weight's, stay."""
+    """Cast parameters and buffers; those of other dtypes, such as a quantised weight's, stay."""
     for tensor in (*module.parameters(), *module.buffers()):
-        if dtype is not None and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        if dtype in CASTABLE and tensor.dtype in CASTABLE:
             tensor.data = tensor.data.to(dtype)
 
 
 def floats_to(values: Any, dtype: torch.dtype | None) -> Any:
-    """`values` with every tensor of floats, however deep, in a dtype."""
-    return tree_map(lambda value: value.to(dtype) if is_floats(value) else value, values)
+    """`values` with every tensor of float16, bfloat16 or float32, however deep, in a dtype."""
 
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype in CASTABLE else value
 
-def is_floats(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return values if dtype not in CASTABLE else tree_map(cast, values)
 
 
 def per_image_heads(
-    batch: MixedBatch, heads: Sequence[nn.Module], x: Tensor, *args: Any, **kwargs: Any
+    call: Callable[..., Any], batch: MixedBatch, heads: Sequence[nn.Module], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor | list[Tensor]:
     """The output of every image's own head: one tensor, or a list if they differ in size.
 
     Args:
+        call: Calls a head with its arguments.
         batch: The adapters of the images.
         heads: The head of each distinct adapter.
         x: Input of the heads, (R, ...), where every image has as many rows.
@@ -141,7 +148,7 @@ def per_image_heads(
             index = torch.tensor([members.index(owners[image]) for image in mine], device=x.device)
             results = linear_heads(rows, [heads[member] for member in members], index)
         else:
-            results = head(rows.flatten(0, 1), *args, **kwargs)
+            results = call(head, rows.flatten(0, 1), *args, **kwargs)
             if not isinstance(results, Tensor) or len(results) != len(mine) * rows_per_image:
                 raise TypeError(
                     f"adapter_names cannot be used with the head {type(head).__name__}, which does not give one output "
@@ -177,7 +184,7 @@ def alike(heads: Sequence[nn.Module]) -> list[list[int]]:
 def linear_heads(x: Tensor, heads: Sequence[Any], index: Tensor) -> Tensor:
     """Every image (B, rows, ..., in) through the linear layer `index` says, in one batched product."""
     weight = torch.stack([head.weight for head in heads])[index]
-    rows = x.flatten(1, -2)
+    rows = x.flatten(1, -2).to(weight.dtype)
     if heads[0].bias is None:
         y = torch.bmm(rows, weight.mT)
     else:

@@ -17,8 +17,9 @@ from peft.utils.other import _set_adapter as activate_heads
 from torch import Tensor, nn
 
 from ..architecture.labels import current_labels
+from ..architecture.linears import replace_everywhere
 from ..architecture.multihead import close_attentions, open_attentions
-from ..method.tensorization import Slices, stack_sizes
+from ..method.tensorization import stack_sizes
 from ..storage.adapter_file import is_finite
 from ..storage.quoting import for_terminal
 from .call import calling_with, current_batch
@@ -80,6 +81,9 @@ class FacTModel(BaseTuner):
             if in_part:  # of which PEFT sees nothing excluded
                 warnings.filterwarnings("ignore", message="You have passed exclude_modules")
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        replace_everywhere(
+            model, {layer.base_layer: layer for layer in self._linears()}
+        )  # PEFT replaces it in one place
         if in_part:  # PEFT shortens long lists to what tells modules apart, but not their parts
             config.target_modules = targets
         adopt_heads(model, getattr(model, FACTORS).configs)
@@ -252,6 +256,7 @@ class FacTModel(BaseTuner):
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        replace_everywhere(self.model, {layer: layer.base_layer for layer in self._linears()})
         if hasattr(self.model, FACTORS):
             delattr(self.model, FACTORS)
         close_attentions(self.model)
@@ -274,7 +279,9 @@ class FacTModel(BaseTuner):
             owner = owners.setdefault(id(weight), path) if names and weight is not None else path
             reason = layer.why_not_mergeable() if names else None
             if owner != path:
-                reason = f"it shares its weight with {owner}, and one weight cannot hold two increments; untie them first"
+                reason = (
+                    f"it shares its weight with {owner}, and one weight cannot hold two increments; untie them first"
+                )
             if reason:
                 raise ValueError(f"An increment cannot be merged into {path}: {reason}.")
             for name in names if safe_merge else ():
