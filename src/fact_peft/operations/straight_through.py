@@ -21,8 +21,7 @@ class StraightThrough:
 
     The gradient at the rounded numbers is taken for that at the exact ones (straight-through estimator; Bengio, Leonard
     and Courville 2013, arXiv 1308.3432). Between steps, so also when the model is evaluated or saved, it holds the
-    rounded numbers. Numbers that anybody else writes then, by loading a state dict or swapping the adapter, are the exact
-    ones from the next step on.
+    rounded numbers. What somebody else writes then, as loading a state dict or a hot-swap does, is trained on as it is.
 
         StraightThrough(model, optimizer, "int4")  # in a loop of one's own, before the last epochs
 

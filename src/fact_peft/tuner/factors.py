@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -124,10 +125,28 @@ class FacTStack(nn.Module, FacTLayer):
         """The probability of dropout on an adapter's activation between core and V, when it trains."""
         return float(self.configs[adapter_name].fact_dropout)
 
-    def factors(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The factors of an adapter under their paper letters."""
+    def factors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The factors of an adapter under their paper letters.
+
+        Raises:
+            RuntimeError: If accelerate has offloaded them and they are to be trained.
+        """
         names = ("U", "V", *self.decomposition(adapter_name).core_factors)
-        return {name: getattr(self, f"fact_{name}")[adapter_name] for name in names}
+        return {name: self._onloaded(getattr(self, f"fact_{name}"), adapter_name) for name in names}
+
+    def _onloaded(self, holder: nn.ParameterDict, adapter_name: str) -> Tensor:
+        """A factor, also if accelerate's offloading has it elsewhere: it is brought back for calls of `holder` only."""
+        factor: nn.Parameter = holder[adapter_name]
+        hook: Any = getattr(holder, "_hf_hook", None) if factor.is_meta else None
+        if hook is None:
+            return factor
+        if self.training and factor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"The factors of adapter {adapter_name!r} are offloaded and cannot be trained; offload the model first "
+                "and adapt it then."
+            )
+        offloaded: Tensor = hook.weights_map[adapter_name]
+        return offloaded
 
     def cores(self, adapter_name: str, slices: Slices) -> Tensor:
         """Sigma_k (count, r, r) of a layer's slices."""
