@@ -16,6 +16,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture.linears import linear_shape
@@ -65,6 +66,7 @@ class FacTLinear(nn.Module, FacTLayer):
         self.merged_factors: dict[str, tuple[Mapping[str, Tensor], float]] = {}
         self._disable_adapters = False
         self._active_adapter = []
+        self._recomputed_under_ddp = False
 
     def update_layer(self, adapter_name: str, slices: Slices, stack: FacTStack) -> None:
         """Let an adapter own `slices` of `stack`, and place the stack where its first layer is."""
@@ -84,12 +86,31 @@ class FacTLinear(nn.Module, FacTLayer):
             adapter_name: The adapter.
             factors: Its factors, if not those that the stack has now.
         """
+        self._check_reduced_once()
         stack, slices = self.fact_stacks[adapter_name], self.fact_slices[adapter_name]
         factors = stack.factors(adapter_name) if factors is None else factors
         with without_autocast(factors["U"]):  # Tucker's cores are products, whose gradients float16 could not hold
             cores = stack.decomposition(adapter_name).cores(factors, slices.first, slices.count)
             core = core_matrix(core_grid(cores, slices))
         return factors["U"], core, factors["V"]
+
+    def _check_reduced_once(self) -> None:
+        """Refuse reentrant checkpointing under DDP, whose replicas would diverge.
+
+        Every checkpointed segment then has a backward pass of its own, and DDP reduces the gradient of the factors
+        after the first. Such a segment is called without gradients first, and again inside the backward pass.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            ddp = DistributedDataParallel._get_active_ddp_module()
+            self._recomputed_under_ddp = ddp is not None and not ddp.static_graph and not torch.is_grad_enabled()
+        elif self._recomputed_under_ddp and torch.is_grad_enabled():
+            raise RuntimeError(
+                "Reentrant activation checkpointing under DistributedDataParallel would reduce the gradients of FacT's "
+                "shared factors before they are complete; pass use_reentrant=False to checkpointing, or static_graph="
+                "True to DistributedDataParallel."
+            )
 
     def _precise_terms(
         self, adapter_name: str, factors: Mapping[str, Tensor] | None = None
