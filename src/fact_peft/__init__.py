@@ -1,6 +1,7 @@
 """FacT, Factor-Tuning (Jie & Deng, AAAI 2023), as a PEFT method. Importing this package registers it with PEFT."""
 
 from .converters.conversion import convert_checkpoint, convert_from
+from .operations.gradient_start import initialize_from_gradients
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
 from .operations.parameter_groups import parameter_groups
@@ -27,6 +28,7 @@ __all__ = [
     "convert_from",
     "convert_to_lora",
     "hotswap_adapter",
+    "initialize_from_gradients",
     "load_image_classifier",
     "parameter_groups",
     "push_image_classifier",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,8 @@ class FacTLinear(nn.Module, FacTLayer):
     """
 
     other_param_names = ("fact_slices", "fact_stacks")
+    # What is put, for a while, between `weight` and whoever reads it; for calls there are the hooks of nn.Module.
+    weight_hook: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         """
@@ -167,7 +170,7 @@ class FacTLinear(nn.Module, FacTLayer):
             return PerImageWeight.of(weight, partial(self._add_per_image, batch=batch))
         for adapter_name in self._applied_adapters(batch):
             weight = weight + self._delta_weight(adapter_name).to(weight)
-        return weight
+        return weight if self.weight_hook is None else self.weight_hook(weight)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
