@@ -1,15 +1,15 @@
 r"""Orthonormal factors for a stack of slices from the gradients of the loss with respect to the slices.
 
-With zero cores and G_k (d x e) the gradient of slice k, the gradient of its core is s U^T G_k V. U and V of r orthonormal
-columns that keep most of sum_k |U^T G_k V|^2 are found by higher-order orthogonal iteration (De Lathauwer, De Moor and
-Vandewalle 2000), and Tucker's P likewise on the third axis:
+With zero cores and G_k (d x e) the gradient of slice k, the gradient of its core is s U^T G_k V. U and V of r
+orthonormal columns that keep most of sum_k |U^T G_k V|^2 are found by higher-order orthogonal iteration (De Lathauwer,
+De Moor and Vandewalle 2000), and Tucker's P likewise on the third axis:
 
     U   leading left singular vectors of [G_1 R, ..., G_N R]         R (e x p) holds V
     V   leading left singular vectors of [G_1^T L, ..., G_N^T L]     L (d x p) holds U
     P   leading left singular vectors of the matrix with the rows vec(U^T G_k R)
 
-starting from random L and R (Halko, Martinsson and Tropp 2011). Only the products G_k R and G_k^T L are kept. Of a layer
-with input x and gradient g of its output, G = x^T g, so that G R = x^T (g R) and no G_k is ever built.
+starting from random orthonormal L and R (Halko, Martinsson and Tropp 2011). Only the products G_k R and G_k^T L are
+kept. Of a layer with input x and gradient g of its output, G = x^T g, so that G R = x^T (g R) and no G_k is ever built.
 
 Letters: d inputs of a slice, e outputs of a slice, a and b input and output blocks of a layer, r rank, N slices,
 p = r + `OVERSAMPLING` columns, unless the slice is narrower.
@@ -50,7 +50,7 @@ class GradientSketch:
         num_slices, in_width, out_width = shape
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.left, self.right = (
-            torch.randn(width, min(rank + OVERSAMPLING, width), generator=generator).to(like.device, dtype)
+            random_orthonormal(width, min(rank + OVERSAMPLING, width), generator).to(like.device, dtype)
             for width in (in_width, out_width)
         )
         self.from_left = self.right.new_zeros(num_slices, out_width, self.left.shape[1])
@@ -86,7 +86,7 @@ class GradientSketch:
 
     def scale_layers(self, layers: Iterable[Slices]) -> None:
         """Weigh every layer so that its gradient has norm 1, as estimated from random L and R."""
-        squares = sum(product.double().square().mean(2).sum(1) for product in self.products).cpu()
+        squares = sum(product.cpu().double().square().sum((1, 2)) for product in self.products)
         for slices in layers:
             own = slice(slices.first, slices.first + slices.count)
             square = squares[own].sum()
@@ -123,3 +123,8 @@ def leading(matrices: Tensor, count: int) -> Tensor:
     """The leading left singular vectors (n, count) of the matrices (N, n, p) side by side, or of rows (n, p, 1)."""
     rows = matrices.flatten(1) if matrices.shape[2] == 1 else matrices.transpose(0, 1).flatten(1)
     return torch.linalg.eigh(rows @ rows.t()).eigenvectors[:, -count:].flip(1)
+
+
+def random_orthonormal(num_rows: int, num_columns: int, generator: torch.Generator) -> Tensor:
+    """Random orthonormal columns in float64."""
+    return torch.linalg.qr(torch.randn(num_rows, num_columns, generator=generator, dtype=torch.float64)).Q

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from ..method.gradient_sketch import GradientSketch
+from ..method.gradient_sketch import GradientSketch, random_orthonormal
 from ..method.tensorization import Slices
 from ..tuner.config import fact_config
 from ..tuner.factors import FacTStack
@@ -42,11 +42,11 @@ def initialize_from_gradients(
         model = get_peft_model(vit, FacTConfig())
         initialize_from_gradients(model, dataloader)
 
-    The batches are run twice, forward and backward, through the model in evaluation mode. The gradients of all slices of
-    a stack, those of each layer scaled to norm 1, are decomposed together; see `method/gradient_sketch.py`. No gradient
-    is kept whole. The cores stay zero, so that the model computes what it did, and nothing but U, V and Tucker's P
-    changes. Under ``torch.distributed`` all processes must call this, each with batches of its own; all get the same
-    factors.
+    The batches are run twice, forward and backward, through the model in evaluation mode. The gradients of all slices
+    of a stack, those of each layer scaled to norm 1, are decomposed together; see `method/gradient_sketch.py`. No
+    gradient is kept whole. The cores stay zero, so that the model computes what it did, and nothing but U, V and
+    Tucker's P changes. Under ``torch.distributed`` all processes must call this, each with batches of its own; all get
+    the same factors.
 
     Args:
         model: A `PeftModel`, or a model with injected FacT layers; before or after it is wrapped for DDP.
@@ -104,8 +104,8 @@ def check_whole(model: nn.Module) -> None:
     )
     if sharded:
         raise ValueError(
-            "The model is sharded over processes (FSDP, ZeRO-3 or tensor parallelism), and a start from gradients needs "
-            "whole layers; call initialize_from_gradients before the model is sharded, or train with DDP."
+            "The model is sharded over processes (FSDP, ZeRO-3 or tensor parallelism), and a start from gradients "
+            "needs whole layers; call initialize_from_gradients before the model is sharded, or train with DDP."
         )
 
 
@@ -210,8 +210,8 @@ def watched(
     """Have every layer's gradients added to the sketch of its stack.
 
     Yields:
-        A list that fills, in a forward pass, with the tensors that the gradients must be asked of: inputs of the first
-        layers, since nothing before them needs a gradient, and weights that are read by whoever does not call the layer.
+        A list that fills, in a forward pass, with the tensors that gradients must be asked of: inputs of the first
+        layers, since nothing before them needs a gradient, and weights that are read by whoever calls no layer.
     """
     reached: list[Tensor] = []
 
@@ -270,15 +270,11 @@ def write(sketches: Mapping[FacTStack, GradientSketch], adapter_name: str, gener
         if not sketch.weights.any():
             continue
         factors = stack.factors(adapter_name)
-        found = dict(zip("UV", sketch.directions(factors["U"].shape[1]), strict=True))
+        rank = factors["U"].shape[1]
+        found = dict(zip("UV", sketch.directions(rank), strict=True))
         if "P" in factors:
             found["P"] = sketch.mixtures(found["U"])
         for letter, directions in found.items():
-            factors[letter].copy_(directions @ random_rotation(directions.shape[1], generator))
+            factors[letter].copy_(directions @ random_orthonormal(rank, rank, generator))
             if distributed.is_available() and distributed.is_initialized():
                 distributed.broadcast(factors[letter], src=0)  # processors may round differently
-
-
-def random_rotation(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix in float64."""
-    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
