@@ -64,7 +64,7 @@ class GradientSketch:
             x, g = (rows.reshape(-1, rows.shape[-1]).to(self.left.dtype) for rows in (x, g))
             if slices.parts:
                 g = g.unflatten(-1, (-1, e))[:, slices.out_blocks].flatten(1)
-            read, written = x.view(-1, d) @ self.left.to(x.device), g.reshape(-1, e) @ self.right.to(x.device)
+            read, written = x.reshape(-1, d) @ self.left.to(x.device), g.reshape(-1, e) @ self.right.to(x.device)
             from_left = (read.view(len(x), -1).t() @ g).view(a, -1, g.shape[1] // e, e)  # a, p, b, e
             from_right = (written.view(len(g), -1).t() @ x).view(g.shape[1] // e, -1, a, d)  # b, p, a, d
         self._add(slices, from_left.permute(0, 2, 3, 1).flatten(0, 1), from_right.permute(2, 0, 3, 1).flatten(0, 1))

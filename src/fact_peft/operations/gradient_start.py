@@ -274,6 +274,7 @@ def write(sketches: Mapping[FacTStack, GradientSketch], adapter_name: str, gener
         found = dict(zip("UV", sketch.directions(rank), strict=True))
         if "P" in factors:
             found["P"] = sketch.mixtures(found["U"])
+            factors["C"].zero_()  # in place of P, so that the cores stay zero
         for letter, directions in found.items():
             factors[letter].copy_(directions @ random_orthonormal(rank, rank, generator))
             if distributed.is_available() and distributed.is_initialized():
