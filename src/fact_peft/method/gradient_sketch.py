@@ -86,10 +86,10 @@ class GradientSketch:
 
     def scale_layers(self, layers: Iterable[Slices]) -> None:
         """Weigh every layer so that its gradient has norm 1, as estimated from random L and R."""
-        squares = sum(product.cpu().double().square().sum((1, 2)) for product in self.products)
+        left, right = (product.cpu().double().square().sum((1, 2)) for product in self.products)
         for slices in layers:
             own = slice(slices.first, slices.first + slices.count)
-            square = squares[own].sum()
+            square = (left + right)[own].sum()
             self.weights[own] = square.rsqrt() if square > 0 else 0
 
     def directions(self, columns: int | None = None) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from ..method.gradient_sketch import GradientSketch, random_orthonormal
@@ -65,7 +66,8 @@ def initialize_from_gradients(
     if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
         raise ValueError(f"num_batches={num_batches!r} is not a whole number of at least 1; pass one, such as 8.")
     check_whole(model)
-    model = extract_model_from_parallel(model)
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     check_untrained(model, adapter_name)
     generator = torch.Generator().manual_seed(seed)
     sketches: dict[FacTStack, GradientSketch] = {}
