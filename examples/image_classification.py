@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from fact_peft.storage.replacing import replace_files
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
 from PIL import Image as PILImage
@@ -73,7 +74,6 @@ from fact_peft import (
 )
 from fact_peft.operations.inspection import increment_norms, plot_increments, read_adapter
 from fact_peft.sharing.card import copy_model_card, write_model_card
-from fact_peft.storage.replacing import replace_files
 
 COMPLETE = "complete.json"  # written into a checkpoint last
 # What a run's result depends on, with the data, the arguments below and the global batch size.

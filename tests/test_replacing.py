@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fact_peft.storage.replacing import INCOMING, PENDING, RECORD, finish_replacing, replace_files
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from benchmarks.interruption.saving import Saver, backbone, loaded_number, numbers_of, run
 from fact_peft import save_as_lora
-from fact_peft.storage.replacing import INCOMING, PENDING, RECORD, finish_replacing, replace_files
 
 STEPS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from backbones import images, logits, make_backbone
+from fact_peft.storage.packing import WIDTHS, is_packed, pack, rounded, unpack
+from fact_peft.tuner.config import STORAGES, bits_of
+from fact_peft.tuner.contents import factor_shapes
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,9 +29,6 @@ from fact_peft import (
 from fact_peft.__main__ import main
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import read_adapter, task_bytes
-from fact_peft.storage.packing import WIDTHS, is_packed, pack, rounded, unpack
-from fact_peft.tuner.config import STORAGES, bits_of
-from fact_peft.tuner.contents import factor_shapes
 
 PACKED = [f"int{bits}" for bits in WIDTHS]
 SHAPES = [(1,), (7,), (64,), (65,), (129,), (3, 5), (10, 33), (6, 4, 4), (2, 1, 3, 5)]

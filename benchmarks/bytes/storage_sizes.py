@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from fact_peft.tuner.config import STORAGES
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -19,7 +20,6 @@ from transformers import ViTConfig, ViTForImageClassification
 from benchmarks.reporting.markdown import table, write_generated
 from fact_peft import FacTConfig
 from fact_peft.operations.inspection import TaskBytes, task_bytes
-from fact_peft.tuner.config import STORAGES
 
 COMMAND = "python -m benchmarks.bytes.storage_sizes"
 NUM_LABELS = 100

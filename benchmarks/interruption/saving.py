@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fact_peft.storage.replacing import PENDING
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from fact_peft import FacTConfig, save_image_classifier
-from fact_peft.storage.replacing import PENDING
 
 SHAPE = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fact_peft.storage.packing import pack, rounded, unpack
+from fact_peft.tuner.config import bits_of
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -14,8 +16,6 @@ from fact_peft import FacTConfig, quantize_adapter
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
 from fact_peft.operations.straight_through import stacks_of
-from fact_peft.storage.packing import pack, rounded, unpack
-from fact_peft.tuner.config import bits_of
 
 AS_TRAINED, ORTHOGONALIZED = "as trained", "orthogonalized"
 

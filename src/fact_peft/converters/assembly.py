@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..adapter.config import FacTConfig
+from ..adapter.validation import FACTORS
 from ..architecture.fused import part_names
 from ..method.tensorization import describe_layout, tensorize
-from ..tuner.config import FacTConfig
-from ..tuner.factors import FACTORS
 
 PREFIX = "base_model.model."
 Share = Literal["model", "block"]

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..storage.adapter_file import write_adapter
-from ..tuner.config import FacTConfig
+from ..adapter.adapter import Adapter
+from ..adapter.config import FacTConfig
 from .assembly import DonatedLayer, Share, assemble
 from .authors import read_authors
 from .checkpoint import read_checkpoint
@@ -35,7 +35,7 @@ class Donor:
     state: str = ""
 
 
-DONORS = {
+FORMATS = {
     "authors": Donor(read_authors),
     "ma-sam": Donor(read_ma_sam),
     "micro-sam": Donor(read_micro_sam, scale=1.0, share="block", state="model_state"),
@@ -63,9 +63,9 @@ def convert_from(
         ValueError: If the donor is unknown, the scale is missing or one too many, or the checkpoint has other tensors
             or shapes than the donor saves; those that an adapter cannot hold are named.
     """
-    if donor not in DONORS:
-        raise ValueError(f"donor={donor!r} is unknown; choose one of {', '.join(map(repr, DONORS))}.")
-    known = DONORS[donor]
+    if donor not in FORMATS:
+        raise ValueError(f"donor={donor!r} is unknown; choose one of {', '.join(map(repr, FORMATS))}.")
+    known = FORMATS[donor]
     if known.scale is not None and scale not in (None, known.scale):
         raise ValueError(f"scale={scale!r}, but {donor!r} always computes with {known.scale:g}; leave it out.")
     scale = known.scale if scale is None else scale
@@ -103,5 +103,5 @@ def convert_checkpoint(
             written then.
     """
     config, state_dict = convert_from(donor, read_checkpoint(file), scale, leave_out)
-    write_adapter(out, config, state_dict)
+    Adapter.from_state_dict(config, state_dict, str(file)).write(out)
     return config

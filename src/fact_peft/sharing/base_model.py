@@ -8,8 +8,8 @@ from typing import Any
 import transformers
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from ..adapter.config import FacTConfig
 from ..architecture.labels import label_settings
-from ..tuner.config import FacTConfig
 
 
 def base_class(config: FacTConfig) -> Any:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..adapter.config import FacTConfig
+from ..adapter.storage import bits_of
 from ..method.decomposition import DECOMPOSITIONS, Decomposition
 from ..method.tensorization import Slices
-from .config import FacTConfig
 
 # Of every decomposition, each once.
 CORE_FACTORS = tuple(dict.fromkeys(name for member in DECOMPOSITIONS.values() for name in member.core_factors))
-# Does not contain PEFT's prefix "fact_": PEFT skips modules with the prefix in their name when it deletes adapters.
-FACTORS = "factors"
 
 
 @contextmanager
@@ -83,6 +83,7 @@ class FacTStack(nn.Module, FacTLayer):
             setattr(self, name, nn.ParameterDict())
         self.fact_config: dict[str, FacTConfig] = {}
         self.merged_adapters = []
+        self.unloaded: set[str] = set()
 
     def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:
         """Create and initialise the factors of an adapter with `num_slices` slices in this stack."""
@@ -100,7 +101,7 @@ class FacTStack(nn.Module, FacTLayer):
 
     def scale(self, adapter_name: str) -> float:
         """The scale s of an adapter."""
-        return float(self.fact_config[adapter_name].scale)
+        return self.fact_config[adapter_name].scaling
 
     def dropout(self, adapter_name: str) -> float:
         """The probability of dropout on an adapter's activation between core and V, when it trains."""
@@ -121,6 +122,31 @@ class FacTStack(nn.Module, FacTLayer):
         """U (d, r), all cores Sigma_k (N, r, r) and V (e, r) of an adapter."""
         decomposition, factors = self.decomposition(adapter_name), self.factors(adapter_name)
         return factors["U"], decomposition.all_cores(factors), factors["V"]
+
+    def await_numbers(self, adapter_name: str) -> None:
+        """Note that the factors of a saved adapter were created and are to be loaded."""
+        self.unloaded.add(adapter_name)
+
+    def check_loaded(self, adapter_name: str) -> None:
+        """Refuse to compute with factors whose packed file was never unpacked.
+
+        transformers' own loader copies tensors by name and leaves out what has another shape, as packed bytes do.
+
+        Raises:
+            ValueError: If the adapter is saved in integers and was not loaded.
+        """
+        config = self.fact_config[adapter_name]
+        if adapter_name in self.unloaded and (bits_of(config.storage) or bits_of(config.storage_of_heads)):
+            raise ValueError(
+                f"Adapter {adapter_name!r} is saved as {config.storage or config.storage_of_heads}, and its numbers "
+                "were not loaded: transformers' load_adapter does not read packed files. Load it with "
+                "PeftModel.from_pretrained or Adapter.read(folder).attach(model); to train a new adapter with this "
+                "config, set layout=None."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.unloaded -= {name for name in self.unloaded if f"{prefix}fact_U.{name}" in state_dict}
 
     @torch.no_grad()
     def place(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:

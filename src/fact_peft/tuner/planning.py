@@ -8,16 +8,14 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    _ExcludedModule,
-    _find_minimal_target_modules,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..adapter.config import FacTConfig
+from ..adapter.names import mark_local_folder
+from ..adapter.validation import FACTORS
 from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.fused import check_order, is_fused
 from ..architecture.heads import find_classifiers
@@ -25,17 +23,15 @@ from ..architecture.labels import fitting_labels
 from ..architecture.linears import base_of, find_linears, walk
 from ..architecture.multihead import IN_PROJ
 from ..method.tensorization import PARTS, Slices, block_of, describe_layout, read_layout, tensorize
-from ..storage.hub import with_folders_marked
-from .config import FacTConfig
-from .factors import FACTORS, SharedFactors
+from ..upstream import ExcludedModule, find_minimal_target_modules, include_all_linear_layers
+from .factors import SharedFactors
 from .layer import find_quantization
-from .mismatch import mismatched_heads_are_ignored
 
 logger = logging.getLogger(__name__)
 
 
-def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, Slices]]:
-    """What a config means for a model; neither is changed.
+def resolve(asked: FacTConfig, model: nn.Module, adapter_name: str) -> FacTConfig:
+    """What a config means for a model, which is not changed.
 
     Args:
         asked: What the user asks for.
@@ -51,9 +47,10 @@ def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, 
             config carries the layout of other layers, the model has something else in the place of the factors, or
             it is already sharded.
     """
+    check_adapter_name(adapter_name)
     check_not_sharded(model)
     config = copy.copy(asked)
-    config.base_model_name_or_path = with_folders_marked(config.base_model_name_or_path)
+    config.base_model_name_or_path = mark_local_folder(config.base_model_name_or_path)
     if config.modules_to_save is None:
         classifiers = find_classifiers(model)
         if classifiers:
@@ -64,13 +61,13 @@ def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, 
     try:
         config.labels = fitting_labels(config.labels, model, heads)
     except ValueError:
-        if not mismatched_heads_are_ignored():
+        if not asked.ignores_mismatched_head:
             raise
         config.labels = fitting_labels(None, model, heads)
     if config.target_modules is None:
         config.target_modules = default_targets(config, model)
     all_linear = str(config.target_modules).lower() == "all-linear"
-    _maybe_include_all_linear_layers(config, model)
+    include_all_linear_layers(config, model)
     if all_linear:  # PEFT looks for modules, which an in_proj becomes only later
         assert isinstance(config.target_modules, set)
         config.target_modules |= {name for name in find_linears(model) if name.rpartition(".")[2] == IN_PROJ}
@@ -78,8 +75,13 @@ def resolve(asked: FacTConfig, model: nn.Module) -> tuple[FacTConfig, dict[str, 
     if isinstance(targets, set) and targets and targets is not asked.target_modules:
         # As suffixes, so that a deeper model matches more layers than the layout lists, and is noticed.
         others = {*(name for name, _ in walk(model)), *find_linears(model)} - targets
-        config.target_modules = _find_minimal_target_modules(targets, others)
-    return config, plan_slices(config, model)
+        config.target_modules = find_minimal_target_modules(targets, others)
+    plan_slices(config, model)
+    if not asked.inference_mode:
+        return config
+    # `PeftModel.from_pretrained(model, folder, config=config)` hands over the adapter's own config and keeps it.
+    vars(asked).update(vars(config))
+    return asked
 
 
 def check_trainable(heads: list[str], model: nn.Module) -> None:
@@ -134,11 +136,11 @@ def is_targeted(config: Any, name: str) -> Any:
 def targeted_parts(config: FacTConfig, model: nn.Module, name: str) -> str:
     """Which of q, k and v of the linear layer `name` are targeted; of a layer that is not fused, all or none."""
     whole = is_targeted(config, name)
-    if isinstance(whole, _ExcludedModule) or not is_fused(model, name):
+    if isinstance(whole, ExcludedModule) or not is_fused(model, name):
         return PARTS if whole else ""
     answers = {part: is_targeted(config, f"{name}.{part}") for part in PARTS}
     return "".join(
-        part for part, answer in answers.items() if answer or (whole and not isinstance(answer, _ExcludedModule))
+        part for part, answer in answers.items() if answer or (whole and not isinstance(answer, ExcludedModule))
     )
 
 
