@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from ..adapter.config import fact_config
 from ..method.gradient_sketch import GradientSketch, random_orthonormal
 from ..method.tensorization import Slices
-from ..tuner.config import fact_config
 from ..tuner.factors import FacTStack
 from ..tuner.layer import FacTLinear
-from ..tuner.model import check_not_merged
+from ..tuner.removal import is_merged, own_stacks
 
 Loss = Callable[[nn.Module, Any], Tensor]
 PASSES = 2  # over the batches: with random directions, and with those found
@@ -95,8 +95,9 @@ def initialize_from_gradients(
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> list[FacTLinear]:
-    """The layers that an adapter has slices of."""
-    return [m for m in model.modules() if isinstance(m, FacTLinear) and adapter_name in m.fact_slices]
+    """The layers that an adapter of `model` has slices of."""
+    stacks = own_stacks(model)
+    return [m for m in model.modules() if isinstance(m, FacTLinear) and m.fact_stacks.get(adapter_name) in stacks]
 
 
 def check_whole(model: nn.Module) -> None:
@@ -114,7 +115,8 @@ def check_whole(model: nn.Module) -> None:
 def check_untrained(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter whose increment is not zero, or would not be with other U and V."""
     fact_config(model, adapter_name)
-    check_not_merged(model, adapter_name, "initialized")
+    if is_merged(model, adapter_name):
+        raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is initialized.")
     for stack in {layer.fact_stacks[adapter_name] for layer in layers_of(model, adapter_name)}:
         if stack.terms(adapter_name)[1].any():
             raise ValueError(
