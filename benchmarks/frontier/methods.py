@@ -108,7 +108,7 @@ def orthogonal(decomposition: str, rank: int, scale: float | None = None, **sett
 
 
 def gradients(decomposition: str, rank: int) -> Method:
-    """As `orthogonal`, with U and V, and Tucker's P, from the gradients of the task."""
+    """As `orthogonal`, with U and V from the gradients of the task."""
     family = f"FacT-{decomposition.upper()}, gradients"
     return replace(orthogonal(decomposition, rank), family=family, from_gradients=True)
 

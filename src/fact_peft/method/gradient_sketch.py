@@ -1,12 +1,11 @@
-r"""Orthonormal factors for a stack of slices from the gradients of the loss with respect to the slices.
+r"""U and V for a stack of slices from the gradients of the loss with respect to the slices.
 
 With zero cores and G_k (d x e) the gradient of slice k, the gradient of its core is s U^T G_k V. U and V of r
 orthonormal columns that keep most of sum_k |U^T G_k V|^2 are found by higher-order orthogonal iteration (De Lathauwer,
-De Moor and Vandewalle 2000), and Tucker's P likewise on the third axis:
+De Moor and Vandewalle 2000):
 
     U   leading left singular vectors of [G_1 R, ..., G_N R]         R (e x p) holds V
     V   leading left singular vectors of [G_1^T L, ..., G_N^T L]     L (d x p) holds U
-    P   leading left singular vectors of the matrix with the rows vec(U^T G_k R)
 
 starting from random orthonormal L and R (Halko, Martinsson and Tropp 2011). Only the products G_k R and G_k^T L are
 kept. Of a layer with input x and gradient g of its output, G = x^T g, so that G R = x^T (g R) and no G_k is ever built.
@@ -100,13 +99,6 @@ class GradientSketch:
         )
         return U, V
 
-    def mixtures(self, U: Tensor) -> Tensor:
-        """P (N, r) for U (d, r), orthonormal columns if there are at least r slices, else orthonormal rows."""
-        cores = (U.t() @ self._weighted(self.from_right)).flatten(1)
-        num_slices, rank = len(cores), U.shape[1]
-        P = leading(cores[:, :, None], min(rank, num_slices))
-        return torch.nn.functional.pad(P, (0, rank - P.shape[1]))
-
     def turn(self) -> None:
         """Look from the directions found so far: they become L and R, and the sums start again."""
         U, V = self.directions()
@@ -120,9 +112,9 @@ class GradientSketch:
 
 
 def leading(matrices: Tensor, count: int) -> Tensor:
-    """The leading left singular vectors (n, count) of the matrices (N, n, p) side by side, or of rows (n, p, 1)."""
-    rows = matrices.flatten(1) if matrices.shape[2] == 1 else matrices.transpose(0, 1).flatten(1)
-    return torch.linalg.eigh(rows @ rows.t()).eigenvectors[:, -count:].flip(1)
+    """The leading left singular vectors (n, count) of the matrices (N, n, p) side by side."""
+    unfolded = matrices.transpose(0, 1).flatten(1)
+    return torch.linalg.eigh(unfolded @ unfolded.t()).eigenvectors[:, -count:].flip(1)
 
 
 def random_orthonormal(num_rows: int, num_columns: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""A start of U and V, and of Tucker's P, from the gradients of a few batches of the task."""
+"""A start of U and V from the gradients of a few batches of the task."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def initialize_from_gradients(
 
     The batches are run twice, forward and backward, through the model in evaluation mode. The gradients of all slices
     of a stack, those of each layer scaled to norm 1, are decomposed together; see `method/gradient_sketch.py`. No
-    gradient is kept whole. The cores stay zero, so that the model computes what it did, and nothing but U, V and
-    Tucker's P changes. Under ``torch.distributed`` all processes must call this, each with batches of its own; all get
-    the same factors.
+    gradient is kept whole. The cores stay zero, so that the model computes what it did, and nothing but U and V
+    changes. Under ``torch.distributed`` all processes must call this, each with batches of its own; all get the same
+    factors.
 
     Args:
         model: A `PeftModel`, or a model with injected FacT layers; before or after it is wrapped for DDP.
@@ -276,9 +276,6 @@ def write(sketches: Mapping[FacTStack, GradientSketch], adapter_name: str, gener
         factors = stack.factors(adapter_name)
         rank = factors["U"].shape[1]
         found = dict(zip("UV", sketch.directions(rank), strict=True))
-        if "P" in factors:
-            found["P"] = sketch.mixtures(found["U"])
-            factors["C"].zero_()  # in place of P, so that the cores stay zero
         for letter, directions in found.items():
             factors[letter].copy_(directions @ random_orthonormal(rank, rank, generator))
             if distributed.is_available() and distributed.is_initialized():
