@@ -61,6 +61,8 @@ for hook, purpose in {
     "_replace_module": "FacT's layers have no parameters to move",
     "_cast_adapter_dtype": "adapters loaded for inference stay frozen",
     "_unload_and_optionally_merge": "to remove the shared factors too",
+    "_get_module_names_tied_with_embedding": "detectors have none, where PEFT raises",
+    "_remove_adapter_name_from_key": "heads may have a parameter of the adapter's name",
     "_get_adapter_state_dict": "to save in the data types of `storage`",
     "_remap_adapter_state_dict_for_load": "to check what is loaded before anything is copied",
 }.items():

@@ -23,14 +23,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architecture.labels import current_labels
+from ..architecture.heads import current_labels
 from ..method.decomposition import DECOMPOSITIONS, core_grid, core_matrix, increment_norm
 from ..method.tensorization import Slices
 from .config import FacTConfig, fact_config
 from .files import find_folder, read_tensors, replacing_files, write_files
 from .names import mark_local_folder
 from .storage import exact_numbers, to_storage
-from .validation import PREFIX, check_pair, digest, factor_key, sort_tensors
+from .validation import PREFIX, check_pair, factor_key, record, sort_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ class Adapter:
         Raises:
             ValueError: If the adapter there has other layers, another rank or another head.
         """
-        tensors = self.state_dict()
+        tensors = fact_config(model, adapter_name).renaming.tensors(self.state_dict())
         if not isinstance(model, PeftModel):  # PEFT looks heads up by their names in the model
             tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
@@ -190,10 +190,10 @@ class Adapter:
         }
 
     def write_files(self, folder: Path) -> None:
-        """Write the two files of this adapter into a new folder."""
+        """Write the two files of this adapter into a folder that is new, or has its image processor already."""
         config = copy.copy(self.config)
         config.inference_mode = True
-        write_files(folder, config, self.stored(), {"config": digest(config)})
+        write_files(folder, config, self.stored(), record(config, folder))
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Save this adapter, in place of the one that `folder` may hold.

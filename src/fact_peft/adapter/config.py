@@ -23,6 +23,7 @@ from .field_checks import (
     check_regexes,
     check_scale,
 )
+from .renaming import UNCHANGED
 from .storage import STORAGES, bits_of
 from .validation import check_saved_weights
 
@@ -234,8 +235,9 @@ class FacTConfig(PeftConfig):
             config.ignores_mismatched_head = bool(kwargs.get("ignore_mismatched_sizes"))
         return config
 
-    # Not a field: it belongs to one loading and is not saved.
+    # Not fields: they belong to one loading and are not saved.
     ignores_mismatched_head = False
+    renaming = UNCHANGED
 
     @property
     def scaling(self) -> float:

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..adapter.config import FacTConfig
-from ..architecture.labels import label_settings
+from ..architecture.heads import label_settings
 
 
 def base_class(config: FacTConfig) -> Any:

@@ -18,7 +18,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig, fact_config
 from ..adapter.files import find_folder, replacing_files
 from ..adapter.names import is_hub_id
-from ..architecture.labels import label_settings
+from ..architecture.heads import label_settings
 from ..upstream import accept_in_pipeline
 from .base_model import load_base
 from .card import check_metrics, copy_model_card, write_model_card
@@ -61,8 +61,8 @@ def save_image_classifier(
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
     with replacing_files(folder) as staging:
-        adapter.write_files(staging)
         image_processor.save_pretrained(staging)
+        adapter.write_files(staging)
         copy_model_card(folder, staging)
         write_model_card(adapter, staging, folder.resolve().name, metrics)
 

@@ -61,7 +61,8 @@ def checked_state_dict(
     """
     if is_merged(model, adapter_name):
         raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is overwritten.")
-    tensors = {name: from_storage(name, tensor) for name, tensor in state_dict.items()}
+    renamed = config.renaming.tensors(state_dict)
+    tensors = {name: from_storage(name, tensor) for name, tensor in renamed.items()}
     tensors, foreign = split_off_foreign(model, config, adapter_name, tensors, biases)
     problems = [f"{for_terminal(name)}: no part of the adapter" for name in foreign]
     remapped = remap(model, config, adapter_name, tensors)

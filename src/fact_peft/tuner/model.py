@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,10 @@ class FacTModel(BaseTuner):
             if is_merged(model, adapter_name):
                 raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is replaced.")
             config = resolve(asked, model, adapter_name)
+            if asked.inference_mode:
+                # `PeftModel.from_pretrained(model, folder, config=config)` passes the adapter's config and keeps it.
+                vars(asked).update(vars(config))
+                config = asked
         except Exception:
             self._set_config(adapter_name, previous)
             raise
@@ -99,6 +104,8 @@ class FacTModel(BaseTuner):
         if in_part:  # PEFT shortens long lists to what tells modules apart, which their parts are not
             config.target_modules = targets
         adopt_heads(model, adapter_name, config)
+        self._arguments = frozenset(inspect.signature(model.forward).parameters)
+        getattr(model, FACTORS).keep_statistics(model)
 
     def _set_config(self, adapter_name: str, config: FacTConfig | None) -> None:
         """After a refusal: the config of the adapter that the model has under this name, or none."""
@@ -122,6 +129,20 @@ class FacTModel(BaseTuner):
         for stack in stacks:
             stack.forget(adapter_name)
         drop_empty_stacks(self.model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model, which is not given arguments that are None and that it does not have.
+
+        ``PeftModelForFeatureExtraction`` passes those of a text model, such as ``input_ids=None``, to every model.
+        """
+        given = {key: value for key, value in kwargs.items() if value is not None or key in self._arguments}
+        return self.model(*args, **given)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # detectors tie their heads to each other and have no embeddings
+            return []
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -293,6 +314,12 @@ class FacTModel(BaseTuner):
                 yield
         else:
             yield
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Keys of heads and biases have no adapter's name in them, but may end in "weight" or "classifier.weight", and
+        # an adapter may be called so.
+        return super()._remove_adapter_name_from_key(key, adapter_name) if f".{cls.prefix}" in key else key
 
     @classmethod
     def _get_adapter_state_dict(
