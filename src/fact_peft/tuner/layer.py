@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class FacTLinear(nn.Module, FacTLayer):
     """
 
     other_param_names = ("fact_slices", "fact_stacks")
+    # What is put, for a while, between `weight` and whoever reads it; for calls there are the hooks of nn.Module.
+    weight_hook: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         """
@@ -190,7 +192,7 @@ class FacTLinear(nn.Module, FacTLayer):
             return PerImageWeight.of(weight, batch, base_layer, batch.slices[self])
         for adapter_name in self._applied_adapters(batch):
             weight = weight + self._delta_weight(adapter_name).to(weight)
-        return weight
+        return weight if self.weight_hook is None else self.weight_hook(weight)
 
     def _is_whole(self, weight: Tensor) -> bool:
         """Whether a weight is not sharded: then it is flat (FSDP1, ZeRO-3) or a DTensor (FSDP2, tensor parallelism)."""
