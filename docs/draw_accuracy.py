@@ -43,7 +43,7 @@ def accuracies() -> pd.DataFrame:
 def main() -> None:
     points = accuracies()
     print(points[["bytes", "mean", "sampling"]].loc[[PROBE, *FACT, *OTHERS]].to_string())
-    figure = Figure(figsize=(8.4, 5), layout="constrained")
+    figure = Figure(figsize=(6.6, 4.7), layout="constrained")
     axes = figure.subplots()
     for group, colour, marker in ((OTHERS, "dimgrey", "s"), (FACT, "tab:blue", "o")):
         shown = points.loc[list(group)]
@@ -78,10 +78,10 @@ def main() -> None:
     axes.tick_params(labelsize=12)
     axes.set_xlabel("size of what is trained for a task, without the head", fontsize=12)
     axes.set_ylabel("test accuracy, %", fontsize=12)
-    axes.set_title("FacT r=16 matches LoRA r=1 with 40 % fewer parameters", fontsize=14, loc="left")
+    axes.set_title("FacT r=16 matches LoRA r=1 with 40 % fewer parameters", fontsize=13, loc="left", pad=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(FILE, dpi=110)
+    figure.savefig(FILE, dpi=140)
 
 
 if __name__ == "__main__":

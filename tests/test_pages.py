@@ -12,7 +12,7 @@ from hub_server import serve
 
 import fact_peft
 
-PATTERNS = ("*.md", "docs/*.md", "examples/*/README.md", "benchmarks/README.md", "benchmarks/*/**/README.md")
+PATTERNS = ("*.md", "docs/*.md", "examples/*/README.md", "benchmarks/**/*.md")
 FILES = sorted({file for pattern in PATTERNS for file in pages.ROOT.glob(pattern)})
 NAMES = [str(file.relative_to(pages.ROOT)) for file in FILES]
 
