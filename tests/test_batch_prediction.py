@@ -1,7 +1,7 @@
-"""examples/batch_prediction as its users run it, on a tiny model: its scores beside PEFT's, and runs that were stopped."""
+"""examples/batch_prediction as its users run it, on a tiny model: scores beside PEFT's, and stopped runs."""
 
+import importlib.util
 import io
-import json
 import os
 import subprocess
 import sys
@@ -50,7 +50,8 @@ def predict(folder: Path, **options: object) -> list[dict]:
     environment.pop("RAY_ADDRESS", None)
     ran = subprocess.run([sys.executable, PREDICT, *words], cwd=folder, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-5000:]
-    rows = pq.read_table(folder / str(options["output"]) / "scores").to_pylist()
+    files = (folder / str(options["output"]) / "scores").glob("*.parquet")
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     return sorted(rows, key=lambda row: row["id"])
 
 
@@ -92,8 +93,19 @@ def test_every_adapter_scores_every_image_as_in_peft_and_a_later_run_adds_what_i
     assert len(again) == len(rows) + 1
     assert kept == {file: file.stat().st_mtime_ns for file in kept}
 
-    with pytest.raises(AssertionError, match="says other backbone, adapters or top than this command"):
-        predict(folder, output="scores", top=1)
+
+def test_scores_of_other_adapters_are_not_mixed(folder, tmp_path):
+    spec = importlib.util.spec_from_file_location("predict", PREDICT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fruit, sky = (folder / "adapters" / name for name in LABELS)
+    arguments = module.Arguments("backbone", "adapters", "images", str(tmp_path))
+    for _ in range(2):
+        module.check_settings(arguments, {"a": fruit})
+    with pytest.raises(ValueError, match="says other backbone, adapters or top than this command"):
+        module.check_settings(arguments, {"a": sky})
+    with pytest.raises(ValueError, match="has no folders in it"):
+        module.check_settings(arguments, {})
 
 
 def test_parquet_is_read_as_datasets_writes_it_and_resumed(folder):
@@ -106,15 +118,16 @@ def test_parquet_is_read_as_datasets_writes_it_and_resumed(folder):
     table = pa.table({"image": encoded, "name": names, "label": [0] * 6})
     (folder / "parquet").mkdir()
     pq.write_table(table.slice(0, 4), folder / "parquet" / "first.parquet")
-    options = {"images": "parquet", "output": "from parquet", "id_column": "name", "top": 1}
-    assert [row["id"] for row in predict(folder, **options)] == names[:4]
     pq.write_table(table.slice(4), folder / "parquet" / "second.parquet")
-    rows = predict(folder, **options)
+    (folder / "from parquet" / "scores").mkdir(parents=True)
+    done = pa.table({"id": names[1:5], "error": ["done"] * 4})  # by an earlier run
+    pq.write_table(done, folder / "from parquet" / "scores" / "earlier.parquet")
+    rows = predict(folder, images="parquet", output="from parquet", id_column="name", top=1)
     assert [row["id"] for row in rows] == names
-    for seed, row in enumerate(rows):
+    assert [row["error"] for row in rows] == ["", *["done"] * 4, ""]
+    for seed in (0, 5):
         save_image(folder / "one.png", seed)
-        for prediction in row["predictions"]:
+        for prediction in rows[seed]["predictions"]:
             scores = expected(folder, prediction["adapter"], folder / "one.png")
             assert prediction["labels"] == [max(scores, key=scores.get)]
             assert prediction["scores"] == pytest.approx([max(scores.values())], abs=1e-5)
-    assert set(json.loads((folder / "from parquet" / "settings.json").read_text())["adapters"]) == set(LABELS)

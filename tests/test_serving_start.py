@@ -1,6 +1,7 @@
 """What `serve.build` of examples/serving takes in and says at the first start and at later ones; no service runs."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import serve as command
 from catalogue import Catalogue
 from served import save_adapter, save_backbone
 from settings import Settings
-from transformers import ViTImageProcessor
+from transformers import HfArgumentParser, ViTImageProcessor
+
+DOCKERFILE = Path(command.__file__).with_name("Dockerfile")
 
 
 @pytest.fixture
@@ -83,3 +86,20 @@ def test_a_later_start_says_what_it_has_and_what_it_leaves(folder, capsys):
     assert second.startswith(
         f"Not served from {settings.adapters}: damaged, darker, later, linked, surrogate, with space."
     )
+
+
+def test_the_container_has_files_and_options_that_exist(monkeypatch):
+    monkeypatch.setenv("SERVING_TOKEN", "t")
+    root = Path(__file__).parents[1]
+    lines = [line.split(maxsplit=1) for line in DOCKERFILE.read_text().splitlines() if line[:1].isupper()]
+    copied = [file for kind, rest in lines if kind == "COPY" for file in rest.split()[:-1]]
+    assert [file for file in copied if not (root / file).exists()] == []
+    assert {"pyproject.toml", "src", "examples"} <= {*copied}
+    (entrypoint,) = [json.loads(rest) for kind, rest in lines if kind == "ENTRYPOINT"]
+    assert entrypoint[:2] == ["python", "/app/examples/serving/serve.py"]
+    readme = DOCKERFILE.with_name("README.md").read_text().replace("\\\n", " ")
+    (run,) = [line for line in readme.splitlines() if line.startswith("docker run")]
+    image, options = "adapters", shlex.split(run)
+    given = options[options.index(image) + 1 :]
+    (parsed,) = HfArgumentParser(Settings).parse_args_into_dataclasses(entrypoint[2:] + given)  # exits if it cannot
+    assert (parsed.host, parsed.adapters) == ("0.0.0.0", "/adapters")
