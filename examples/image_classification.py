@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from fact_peft.storage.replacing import replace_files
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
 from PIL import Image as PILImage
@@ -65,15 +66,15 @@ from transformers import (
 from transformers.utils import logging
 
 from fact_peft import (
+    Adapter,
     FacTConfig,
     StraightThroughCallback,
     load_image_classifier,
     push_image_classifier,
     quantize_adapter,
 )
-from fact_peft.operations.inspection import increment_norms, plot_increments, read_adapter
+from fact_peft.operations.inspection import plot_increments
 from fact_peft.sharing.card import copy_model_card, write_model_card
-from fact_peft.storage.replacing import replace_files
 
 COMPLETE = "complete.json"  # written into a checkpoint last
 # What a run's result depends on, with the data, the arguments below and the global batch size.
@@ -442,7 +443,7 @@ def draw(trainer: Trainer, folder: Path) -> None:
     for axes, title in ((losses, "loss"), (accuracies, "accuracy")):
         axes.set(xlabel="epoch", title=title)
         axes.legend()
-    plot_increments(increment_norms(read_adapter(folder)), increments)
+    plot_increments(Adapter.read(folder).increment_norms(), increments)
     figure.savefig(folder / "picture.png", dpi=120)
 
 

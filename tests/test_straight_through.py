@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from fact_peft import FacTConfig, StraightThrough, StraightThroughCallback
-from fact_peft.storage.packing import pack, unpack
+from fact_peft.adapter.packing import pack, unpack
 
 LABELS = torch.arange(8) % NUM_LABELS
 

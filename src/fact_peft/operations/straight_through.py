@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..storage.packing import rounded
-from ..tuner.config import bits_of, fact_config
+from ..adapter.config import fact_config
+from ..adapter.packing import rounded
+from ..adapter.storage import to_storage
 from ..tuner.factors import FacTStack
 from ..tuner.head import FacTHead
-from ..tuner.stored import before_rounding, to_storage
 
 
 class StraightThrough:
@@ -27,8 +27,7 @@ class StraightThrough:
 
     Args:
         model: A `PeftModel`, or a model with injected FacT layers; under DDP the module inside.
-        optimizer: Of torch, or accelerate's around it. Its state of factors that are written in another form for
-            rounding starts anew.
+        optimizer: Of torch, or accelerate's around it.
         storage: As `FacTConfig.storage`, where it is noted.
         head_storage: As `FacTConfig.head_storage`.
         adapter_name: The adapter.
@@ -59,15 +58,7 @@ class StraightThrough:
             )
         config.storage, config.head_storage = storage, head_storage
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        bits = bits_of(storage)
         with torch.no_grad():
-            for factors in stacks:
-                form = before_rounding(config, factors, bits) if bits else factors
-                for letter, parameter in factors.items():
-                    changed = form[letter].to(parameter)
-                    if not torch.equal(changed, parameter):
-                        parameter.copy_(changed)
-                        optimizer.state.pop(parameter, None)
             self._exact = {parameter: parameter.detach().clone() for parameter in self._storages}
             self._round()
         self._hooks = (

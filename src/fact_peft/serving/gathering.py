@@ -10,9 +10,9 @@ from torch import Tensor
 from ..method.per_image import FactorBank, padded
 from .form import Form
 from .network import Network, PooledBatch
-from .version import Version
+from .pooled_adapter import PooledAdapter
 
-Owner = tuple[Version, Tensor]  # an adapter and its numbers
+Owner = tuple[PooledAdapter, Tensor]  # an adapter and its numbers
 
 
 def gather(owners: Sequence[Owner | None], network: Network, dtype: torch.dtype) -> PooledBatch:

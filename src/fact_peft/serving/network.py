@@ -14,8 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..architecture.blocks import find_block_linears
-from ..architecture.heads import find_classifiers
-from ..architecture.labels import named_labels
+from ..architecture.heads import find_classifiers, named_labels
 from ..architecture.linears import find_linears
 from ..method.decomposition import core_grid
 from ..method.fused_linear import autocast_dtype, is_fusable

@@ -7,21 +7,24 @@ counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeR
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from ..adapter.config import FacTConfig
+from ..adapter.storage import bits_of
 from ..method.decomposition import DECOMPOSITIONS, Decomposition
 from ..method.tensorization import Slices
-from .config import FacTConfig
 
+logger = logging.getLogger(__name__)
 # Of every decomposition, each once.
 CORE_FACTORS = tuple(dict.fromkeys(name for member in DECOMPOSITIONS.values() for name in member.core_factors))
-# Does not contain PEFT's prefix "fact_": PEFT skips modules with the prefix in their name when it deletes adapters.
-FACTORS = "factors"
 
 
 @contextmanager
@@ -47,7 +50,34 @@ class SharedFactors(nn.ModuleDict):
     On an ``nn.Sequential`` they are one more child, the last: whoever indexes, slices, counts or iterates over an
     adapted one meets it (``model[:-1]`` drops the factors, not the head). Since the factors must be a parameter of the
     adapted model itself, they can be nowhere else there; adapt a module that holds the Sequential instead.
+
+    As the last child they are also the last that ``model.train()`` reaches, and they put frozen layers with running
+    statistics, such as ``nn.BatchNorm2d``, back into evaluation mode. In training mode the statistics would move, and
+    they are not saved with the adapter.
+
+    Attributes:
+        frozen_norms: The layers to keep in evaluation mode.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen_norms: list[nn.Module] = []  # a list hides them from nn.Module
+
+    def keep_statistics(self, model: nn.Module) -> None:
+        """From now on keep the running statistics of `model` as they are, except in modules trained in full."""
+        norms = {name: module for name, module in model.named_modules() if hasattr(module, "running_mean")}
+        frozen = {name: module for name, module in norms.items() if ".modules_to_save." not in f".{name}"}
+        self.frozen_norms = list(frozen.values())
+        if frozen:
+            logger.info("%d frozen layers with running statistics stay in evaluation mode.", len(frozen))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``, and put frozen layers with running statistics into evaluation mode."""
+        super().train(mode)
+        for norm in self.frozen_norms:
+            norm.eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass through, so that an ``nn.Sequential``, which calls all its children, can carry the factors too."""
@@ -83,6 +113,7 @@ class FacTStack(nn.Module, FacTLayer):
             setattr(self, name, nn.ParameterDict())
         self.fact_config: dict[str, FacTConfig] = {}
         self.merged_adapters = []
+        self.unloaded: set[str] = set()
 
     def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:
         """Create and initialise the factors of an adapter with `num_slices` slices in this stack."""
@@ -100,7 +131,7 @@ class FacTStack(nn.Module, FacTLayer):
 
     def scale(self, adapter_name: str) -> float:
         """The scale s of an adapter."""
-        return float(self.fact_config[adapter_name].scale)
+        return self.fact_config[adapter_name].scaling
 
     def dropout(self, adapter_name: str) -> float:
         """The probability of dropout on an adapter's activation between core and V, when it trains."""
@@ -121,6 +152,34 @@ class FacTStack(nn.Module, FacTLayer):
         """U (d, r), all cores Sigma_k (N, r, r) and V (e, r) of an adapter."""
         decomposition, factors = self.decomposition(adapter_name), self.factors(adapter_name)
         return factors["U"], decomposition.all_cores(factors), factors["V"]
+
+    def await_numbers(self, adapter_name: str) -> None:
+        """Note that the factors of a saved adapter were created and are to be loaded."""
+        self.unloaded.add(adapter_name)
+
+    def check_loaded(self, adapter_name: str) -> None:
+        """Refuse to compute with factors that transformers' own loader cannot have loaded.
+
+        It copies tensors by name and leaves out those of another shape, as packed bytes are, or of another name, as a
+        block has in a bare model.
+
+        Raises:
+            ValueError: If the adapter is saved in integers or under other names, and was not loaded.
+        """
+        config = self.fact_config[adapter_name]
+        packed = bits_of(config.storage) or bits_of(config.storage_of_heads)
+        renamed = config.share == "block" and config.renaming.changes_names
+        if adapter_name in self.unloaded and (packed or renamed):
+            raise ValueError(
+                f"The numbers of adapter {adapter_name!r} were not loaded: transformers' load_adapter does not read "
+                + (f"packed files ({config.storage or config.storage_of_heads})" if packed else "blocks of other names")
+                + ". Load it with PeftModel.from_pretrained or Adapter.read(folder).attach(model); to train a new "
+                "adapter with this config, set layout=None."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.unloaded -= {name for name in self.unloaded if f"{prefix}fact_U.{name}" in state_dict}
 
     @torch.no_grad()
     def place(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:

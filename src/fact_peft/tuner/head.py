@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..adapter.config import FacTConfig
+from ..adapter.storage import to_storage
+from ..upstream import ModulesToSaveWrapper
 from .call import MixedBatch, current_batch
-from .config import FacTConfig
-from .stored import to_storage
 
 
 class FacTHead(ModulesToSaveWrapper):

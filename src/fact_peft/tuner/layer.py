@@ -72,6 +72,8 @@ class FacTLinear(nn.Module, FacTLayer):
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """What the increment is made of: U (d, r), the core matrix (a r, b r) and V (e, r)."""
         stack, slices = self.fact_stacks[adapter_name], self.fact_slices[adapter_name]
+        if stack.unloaded:
+            stack.check_loaded(adapter_name)
         U, V = stack.fact_U[adapter_name], stack.fact_V[adapter_name]
         with without_autocast(U):  # Tucker's cores are products, whose gradients float16 could not hold
             core = core_matrix(core_grid(stack.cores(adapter_name, slices), slices))

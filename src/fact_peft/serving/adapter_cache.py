@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .version import Version
+from .pooled_adapter import PooledAdapter
 
 
-class Shelf:
-    """Vectors by version. Who calls it holds a lock; what it gave out stays whole whatever happens here afterwards."""
+class AdapterCache:
+    """Vectors of pooled adapters. Callers must hold a lock. A vector that was given out is never changed."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class Shelf:
         self.device = device
         self.device_capacity, self.host_capacity = device_capacity, host_capacity
         self.evictions = 0
-        self._on_device: OrderedDict[Version, Tensor] = OrderedDict()
-        self._on_host: OrderedDict[Version, Tensor] = OrderedDict()
-        self._files: dict[Version, Path] = {}
+        self._on_device: OrderedDict[PooledAdapter, Tensor] = OrderedDict()
+        self._on_host: OrderedDict[PooledAdapter, Tensor] = OrderedDict()
+        self._files: dict[PooledAdapter, Path] = {}
         self._num_files = 0
         self._folder: Path | None = None
         if spill_folder is not None:
@@ -54,37 +54,37 @@ class Shelf:
             self._folder = Path(mkdtemp(prefix="adapters-", dir=spill_folder))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
-    def put(self, version: Version, vector: Tensor) -> None:
-        """Take in a new version; not at all if there is no room on the disk for one that has to give way."""
-        self._on_device[version] = vector.to(self.device)
+    def put(self, adapter: PooledAdapter, vector: Tensor) -> None:
+        """Take in a new adapter; not at all if there is no room on the disk for one that has to give way."""
+        self._on_device[adapter] = vector.to(self.device)
         try:
             self._make_room()
         except Exception:
-            self.drop(version)
+            self.drop(adapter)
             raise
 
-    def take(self, version: Version) -> Tensor:
-        """The vector of a version, on the device; used last from now on.
+    def take(self, adapter: PooledAdapter) -> Tensor:
+        """The vector of a adapter, on the device; used last from now on.
 
         Raises:
             ValueError: If its file is gone or damaged.
         """
-        if version in self._on_device:
-            self._on_device.move_to_end(version)
-            return self._on_device[version]
-        vector = self._on_host[version] if version in self._on_host else self._read(version)
+        if adapter in self._on_device:
+            self._on_device.move_to_end(adapter)
+            return self._on_device[adapter]
+        vector = self._on_host[adapter] if adapter in self._on_host else self._read(adapter)
         vector = vector.to(self.device)
-        self._on_host.pop(version, None)
-        self._on_device[version] = vector
+        self._on_host.pop(adapter, None)
+        self._on_device[adapter] = vector
         self._make_room()
         return vector
 
-    def drop(self, version: Version) -> None:
-        """Forget a version."""
-        self._on_device.pop(version, None)
-        self._on_host.pop(version, None)
-        if version in self._files:
-            self._files.pop(version).unlink(missing_ok=True)
+    def drop(self, adapter: PooledAdapter) -> None:
+        """Forget a adapter."""
+        self._on_device.pop(adapter, None)
+        self._on_host.pop(adapter, None)
+        if adapter in self._files:
+            self._files.pop(adapter).unlink(missing_ok=True)
 
     def stats(self) -> dict[str, int]:
         """How many adapters lie where, the bytes of those in memory, and how often one left the device."""
@@ -94,31 +94,31 @@ class Shelf:
             "host": len(self._on_host),
             "disk": len(self._files.keys() - set(in_memory)),
             "evictions": self.evictions,
-            "bytes": sum(version.num_bytes for version in in_memory),
+            "bytes": sum(adapter.num_bytes for adapter in in_memory),
         }
 
     def _make_room(self) -> None:
         while self.device_capacity is not None and len(self._on_device) > self.device_capacity:
-            version = next(iter(self._on_device))
-            self._on_host[version] = self._on_device[version].cpu()
-            del self._on_device[version]
+            adapter = next(iter(self._on_device))
+            self._on_host[adapter] = self._on_device[adapter].cpu()
+            del self._on_device[adapter]
             self.evictions += 1
         while self.host_capacity is not None and len(self._on_host) > self.host_capacity:
-            version = next(iter(self._on_host))
-            self._write(version, self._on_host[version])
-            del self._on_host[version]
+            adapter = next(iter(self._on_host))
+            self._write(adapter, self._on_host[adapter])
+            del self._on_host[adapter]
 
-    def _write(self, version: Version, vector: Tensor) -> None:
-        """Versions do not change, so that each is written once."""
-        if version not in self._files:
+    def _write(self, adapter: PooledAdapter, vector: Tensor) -> None:
+        """PooledAdapters do not change, so that each is written once."""
+        if adapter not in self._files:
             assert self._folder is not None
             self._num_files += 1
             file = self._folder / f"{self._num_files}.safetensors"
             save_file({"numbers": vector}, file)
-            self._files[version] = file
+            self._files[adapter] = file
 
-    def _read(self, version: Version) -> Tensor:
-        file = self._files[version]
+    def _read(self, adapter: PooledAdapter) -> Tensor:
+        file = self._files[adapter]
         try:
             return load_file(file)["numbers"].clone()
         except (OSError, SafetensorError) as error:

@@ -1,10 +1,10 @@
 """How far a converted checkpoint of another implementation of FacT is from what that one computes, in float64.
 
-    python -m benchmarks.exactness.donors
+    python -m benchmarks.exactness.source_formats
 
-The layers of each donor are written here from its formulas, without its code, on a tiny ViT of timm or a tiny SAM with
-random numbers everywhere. Printed is the largest difference of the outputs, of the adapted and of the merged model,
-relative to the largest output; and how far the outputs are from those without the adapter.
+The layers of each implementation are written here from its formulas, without its code, on a tiny ViT of timm or a tiny
+SAM with random numbers everywhere. It prints the largest difference of the outputs of the adapted and of the merged
+model, relative to the largest output, and how far the outputs are from those without the adapter.
 """
 
 import argparse
@@ -28,8 +28,8 @@ TRAINED = ("mask_decoder", "prompt_encoder")
 Added = Callable[[Tensor], Tensor]
 
 
-class Donor(nn.Module):
-    """A linear layer and what a donor adds to its output."""
+class SourceLinear(nn.Module):
+    """A linear layer and what another implementation adds to its output."""
 
     def __init__(self, base: nn.Module, added: Added) -> None:
         super().__init__()
@@ -40,11 +40,11 @@ class Donor(nn.Module):
         return y
 
 
-def donate(model: nn.Module, added: dict[str, Added]) -> nn.Module:
+def with_added(model: nn.Module, added: dict[str, Added]) -> nn.Module:
     """Put each function of `added`, by layer name, beside its layer."""
     for name, function in added.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Donor(model.get_submodule(name), function))
+        setattr(model.get_submodule(parent), child, SourceLinear(model.get_submodule(name), function))
     return model
 
 
@@ -73,7 +73,7 @@ def authors_tensor_train(model: nn.Module) -> tuple[dict[str, Tensor], nn.Module
         added[f"blocks.{i}.attn.proj"] = lambda x, core=proj: x @ u.T @ core.T @ v.T * SCALE
         added[f"blocks.{i}.mlp.fc1"] = lambda x, core=fc1: (in_blocks(x @ u.T @ core.T, 4) @ v.T).flatten(-2) * SCALE
         added[f"blocks.{i}.mlp.fc2"] = lambda x, core=fc2: (in_blocks(x, 4) @ u.T).flatten(-2) @ core.T @ v.T * SCALE
-    return saved, donate(model, added)
+    return saved, with_added(model, added)
 
 
 def authors_tucker(model: nn.Module) -> tuple[dict[str, Tensor], nn.Module]:
@@ -92,7 +92,7 @@ def authors_tucker(model: nn.Module) -> tuple[dict[str, Tensor], nn.Module]:
         added[f"blocks.{i}.attn.proj"] = lambda x, c=attention: x @ u.T @ c[:, :, 3] @ v.T * SCALE
         added[f"blocks.{i}.mlp.fc1"] = lambda x, c=fc1: (in_blocks(x @ u.T @ c, 4) @ v.T).flatten(-2) * SCALE
         added[f"blocks.{i}.mlp.fc2"] = lambda x, c=fc2: (in_blocks(x, 4) @ u.T).flatten(-2) @ c.T @ v.T * SCALE
-    return saved, donate(model, added)
+    return saved, with_added(model, added)
 
 
 def sam() -> nn.Module:
@@ -144,7 +144,7 @@ def ma_sam(model: nn.Module) -> tuple[dict[str, Tensor], nn.Module]:
             [x @ u.T @ q.T @ v.T * SCALE, torch.zeros_like(x), x @ u.T @ v_core.T @ v.T * SCALE], dim=-1
         )
     saved.update({"image_encoder.FacTu.weight": u, "image_encoder.FacTv.weight": v})
-    donate(model, added)
+    with_added(model, added)
     train_heads(model)
     saved.update({name: value for name, value in model.state_dict().items() if name.startswith(TRAINED)})
     return saved, model
@@ -163,7 +163,7 @@ def micro_sam(model: nn.Module) -> tuple[dict[str, Tensor], nn.Module]:
         added[layer] = lambda x, q=q, v_core=v_core, u=u, v=v: torch.cat(
             [x @ u.T @ q.T @ v.T, torch.zeros_like(x), x @ u.T @ v_core.T @ v.T], dim=-1
         )
-    donate(model, added)
+    with_added(model, added)
     train_heads(model)
     trained = {name: value for name, value in model.state_dict().items() if name.startswith(TRAINED)}
     return {"model_state": {f"sam.{name}": value for name, value in {**base, **trained}.items()}}, model
@@ -182,8 +182,8 @@ def scores(model: nn.Module) -> Tensor:
     return y
 
 
-# Title, the donor's formulas, whose checkpoint it is, the scale of the run, the model, and its outputs.
-DONORS = (
+# Title, the formulas, the source format, the scale of the run, the model, and its outputs.
+IMPLEMENTATIONS = (
     ("authors, tensor-train", authors_tensor_train, "authors", SCALE, vit, scores),
     ("authors, Tucker", authors_tucker, "authors", SCALE, vit, scores),
     ("MA-SAM", ma_sam, "ma-sam", SCALE, sam, masks),
@@ -193,7 +193,11 @@ DONORS = (
 
 @torch.no_grad()
 def errors(
-    formulas: Callable[..., Any], donor: str, scale: float | None, build: Callable[[], nn.Module], outputs: Added
+    formulas: Callable[..., Any],
+    source_format: str,
+    scale: float | None,
+    build: Callable[[], nn.Module],
+    outputs: Added,
 ) -> tuple[float, float, float]:
     """Relative errors of the outputs of adapted and merged model, and the relative size of what the adapter changes."""
     model = build()
@@ -206,7 +210,7 @@ def errors(
 
     with tempfile.TemporaryDirectory() as folder:
         torch.save(saved, Path(folder, "checkpoint.pt"))
-        convert_checkpoint(Path(folder, "checkpoint.pt"), Path(folder, "adapter"), donor, scale)
+        convert_checkpoint(Path(folder, "checkpoint.pt"), Path(folder, "adapter"), source_format, scale)
         adapted = PeftModel.from_pretrained(build(), str(Path(folder, "adapter")), autocast_adapter_dtype=False)
     return distance(adapted), distance(adapted.merge_and_unload()), distance(build())
 
@@ -214,8 +218,8 @@ def errors(
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"| checkpoint of | adapted | merged | without the adapter |\n|{'---|' * 4}")
-    for title, *donor in DONORS:
-        print(f"| {title} | " + " | ".join(f"{error:.1e}" for error in errors(*donor)) + " |")
+    for title, *implementation in IMPLEMENTATIONS:
+        print(f"| {title} | " + " | ".join(f"{error:.1e}" for error in errors(*implementation)) + " |")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,37 @@
-"""Tensors in 8, 4 or 2 bits a number: one tensor of bytes that says itself what it holds.
+"""Tensors in 8, 4 or 2 bits a number: one tensor of bytes that describes itself.
 
 A group of consecutive numbers shares a scale, and a code q of b bits stands for
 
     x = scale * (q + 1/2)        q from -2^(b-1) to 2^(b-1) - 1
 
-which is symmetric and leaves no code unused. (There is no code for zero: a group of zeros has the scale 0.) The bytes
-of a packed tensor are, little-endian,
+which is symmetric and uses every code. (No code stands for zero: a group of zeros has the scale 0.) The bytes of a
+packed tensor are, little-endian,
 
     "FacT", version, bits b, numbers in a group, number of dimensions        4 + 4 bytes
+    CRC-32 of all that follows                                               4 bytes
     dimensions                                                               4 bytes each
     scales, bfloat16, one a group in row-major order, the last may be short  2 bytes each
     codes + 2^(b-1), the first in the lowest bits of a byte                  b bits each, unused bits are zero
 
-Scales are bfloat16 since a float16 holds nothing below 6e-8, and the 8-bit scales of small factors come near.
+The checksum refuses bytes that were computed with, such as the mean of several files. Scales are bfloat16, since a
+float16 holds nothing below 6e-8 and the 8-bit scales of small factors come near that.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+import zlib
 
 import torch
 from torch import Tensor
 
-MAGIC, VERSION, GROUP = b"FacT", 1, 64
+MAGIC, VERSION, GROUP = b"FacT", 2, 64
 WIDTHS = (8, 4, 2)
 MAX_DIMENSIONS = 8
-PREAMBLE = struct.Struct("<4sBBBB")
-# Of the scale that reaches the largest number of a group. Clipping that one may cost less than coarse steps for all.
+PREAMBLE = struct.Struct("<4sBBBBI")
+LARGEST = torch.finfo(torch.float32).max
+# Fractions of the scale that reaches the largest number of a group. Clipping may cost less than coarse steps for all.
 CLIPPING = torch.linspace(1, 0.3, 29)
 
 
@@ -45,11 +49,11 @@ def pack(tensor: Tensor, bits: int, group: int = GROUP) -> Tensor:
     rows, scales = grouped(tensor.cpu(), bits, group)
     half = 2 ** (bits - 1)
     codes = (quantize(rows, scales, bits) + (half - 0.5)).flatten()[: tensor.numel()].to(torch.uint8)
-    preamble = PREAMBLE.pack(MAGIC, VERSION, bits, group, tensor.dim()) + struct.pack(
-        f"<{tensor.dim()}I", *tensor.shape
+    body = struct.pack(f"<{tensor.dim()}I", *tensor.shape) + b"".join(
+        part.numpy().tobytes() for part in (scales.bfloat16().view(torch.uint8), join_bits(codes, bits))
     )
-    start = torch.frombuffer(bytearray(preamble), dtype=torch.uint8)
-    return torch.cat([start, scales.bfloat16().view(torch.uint8), join_bits(codes, bits)])
+    preamble = PREAMBLE.pack(MAGIC, VERSION, bits, group, tensor.dim(), zlib.crc32(body))
+    return torch.frombuffer(bytearray(preamble + body), dtype=torch.uint8)
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -75,13 +79,13 @@ def unpack(packed: Tensor) -> Tensor:
     if codes[count:].any():
         raise ValueError("bits set behind the last number")
     levels = codes[:count].float() - (2 ** (bits - 1) - 0.5)
-    return (padded(levels, group).view(-1, group) * scales[:, None]).flatten()[:count].view(shape)
+    return multiplied(padded(levels, group).view(-1, group), scales).flatten()[:count].view(shape)
 
 
 def rounded(tensor: Tensor, bits: int, group: int = GROUP) -> Tensor:
     """What `unpack` gives of what `pack` makes of a tensor, in float32, without leaving the tensor's device."""
     rows, scales = grouped(tensor, bits, group)
-    return (quantize(rows, scales, bits) * scales[:, None]).flatten()[: tensor.numel()].view(tensor.shape)
+    return multiplied(quantize(rows, scales, bits), scales).flatten()[: tensor.numel()].view(tensor.shape)
 
 
 def is_packed(tensor: Tensor) -> bool:
@@ -98,11 +102,13 @@ def read_preamble(packed: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """
     if not is_packed(packed) or len(packed) < PREAMBLE.size:
         raise ValueError(f"no packed tensor, which begins with {MAGIC.decode()}")
-    _, version, bits, group, num_dimensions = PREAMBLE.unpack(bytes(packed[: PREAMBLE.size].tolist()))
+    _, version, bits, group, num_dimensions, checksum = PREAMBLE.unpack(bytes(packed[: PREAMBLE.size].tolist()))
     if version != VERSION:
         raise ValueError(f"version {version} of the layout, of which this fact_peft knows {VERSION}")
     if bits not in WIDTHS or group == 0 or num_dimensions > MAX_DIMENSIONS:
         raise ValueError(f"{num_dimensions} dimensions, {bits} bits in groups of {group}; known are {WIDTHS} bits")
+    if checksum != zlib.crc32(packed[PREAMBLE.size :].cpu().contiguous().numpy().tobytes()):
+        raise ValueError("the checksum is wrong")
     dimensions = bytes(packed[PREAMBLE.size : PREAMBLE.size + 4 * num_dimensions].tolist())
     if len(dimensions) < 4 * num_dimensions:
         raise ValueError("fewer bytes than its dimensions take")
@@ -132,6 +138,11 @@ def quantize(rows: Tensor, scales: Tensor, bits: int) -> Tensor:
     half = 2 ** (bits - 1)
     steps = torch.where(scales > 0, scales, 1)[:, None]  # of a row of zeros any code will do
     return (rows / steps).floor().clamp(-half, half - 1) + 0.5
+
+
+def multiplied(levels: Tensor, scales: Tensor) -> Tensor:
+    """Levels (n, group) times their scales (n,), which rounding may have brought beyond the largest float32."""
+    return (levels * scales[:, None]).clamp(-LARGEST, LARGEST)
 
 
 def padded(numbers: Tensor, multiple: int) -> Tensor:

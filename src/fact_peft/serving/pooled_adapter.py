@@ -1,4 +1,4 @@
-"""One adapter as the pool holds it: checked, and never changed. Loading it again makes another version."""
+"""One adapter as the pool holds it: checked, and never changed. Loading it again makes another one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter.adapter import Adapter
+from ..adapter.config import FacTConfig
 from ..method.decomposition import core_grid, core_matrix, increment_norm
-from ..operations.inspection import SavedAdapter, read_adapter, split_tensors
-from ..tuner.config import FacTConfig
 from .form import Form, form_of
 from .network import Network
 
 
 @dataclass(frozen=True, eq=False)
-class Version:
-    """What an adapter is beside its numbers, which the pool keeps where there is room.
+class PooledAdapter:
+    """What an adapter is beside its numbers, which lie in an `AdapterCache`.
 
     Attributes:
         form: Names and shapes of its numbers.
@@ -35,41 +35,37 @@ class Version:
     num_bytes: int
 
 
-def read(source: Any, revision: str | None, token: str | bool | None) -> SavedAdapter:
+def read(source: Any, revision: str | None, token: str | bool | None) -> Adapter:
     """An adapter from a folder, the Hub, or memory: a config and what `get_peft_model_state_dict` gives.
 
     Raises:
         ValueError: If `source` is no adapter of FacT.
     """
-    if isinstance(source, SavedAdapter):
+    if isinstance(source, Adapter):
         return source
     if isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[0], FacTConfig):
-        return SavedAdapter(Path(), source[0], *split_tensors(source[1].items()))
+        return Adapter.from_state_dict(source[0], source[1])
     if isinstance(source, (str, Path)):
-        return read_adapter(source, revision, token)
+        return Adapter.read(source, revision, token)
     raise ValueError(
-        f"source is a {type(source).__name__}; pass a folder, a name on the Hub, or a pair of "
-        "FacTConfig and state dict."
+        f"source is a {type(source).__name__}; pass a folder, a name on the Hub, an Adapter, or a pair of FacTConfig "
+        "and state dict."
     )
 
 
-def checked(name: str, adapter: SavedAdapter, network: Network, dtype: torch.dtype) -> tuple[Version, Tensor]:
-    """What the pool keeps of an adapter: the version, and its numbers as one vector in host memory.
+def pooled(name: str, adapter: Adapter, network: Network, dtype: torch.dtype) -> tuple[PooledAdapter, Tensor]:
+    """What the pool keeps of an adapter, and its numbers as one vector in host memory.
 
     Raises:
         ValueError: If it cannot be pooled; says the adapter and why.
     """
     config = adapter.config
-    reasons = list(objections(adapter, network))
+    reasons = objections(adapter, network)
     if not reasons:
-        heads = {key: tensor for key, tensor in adapter.others.items()}
-        shapes = tuple((key, tuple(tensor.shape)) for key, tensor in heads.items())
+        shapes = tuple((key, tuple(tensor.shape)) for key, tensor in adapter.others.items())
         form = form_of(tuple(config.layout or ()), config.share, config.decomposition, config.rank, shapes)
         tensors = {(stack, letter): t for stack, group in adapter.factors.items() for letter, t in group.items()}
-        tensors |= {("", key): tensor for key, tensor in heads.items()}
-        reasons += misfits(form, tensors)
-    if not reasons:
-        vector = form.join(tensors, dtype)
+        vector = form.join(tensors | {("", key): tensor for key, tensor in adapter.others.items()}, dtype)
         if not torch.isfinite(vector).all():
             reasons.append(f"it holds NaN, infinity, or numbers too large for {dtype}")
     if reasons:
@@ -78,14 +74,12 @@ def checked(name: str, adapter: SavedAdapter, network: Network, dtype: torch.dty
     num_labels, labels = (network.num_labels, network.labels) if shape is None else (shape[0], config.labels)
     if labels is not None and len(labels) != num_labels:
         raise ValueError(f"Adapter {name!r} cannot be pooled: it has {len(labels)} labels for {num_labels} logits.")
-    return Version(form, config.scale, labels, num_labels, vector.nbytes), vector
+    return PooledAdapter(form, config.scaling, labels, num_labels, vector.nbytes), vector
 
 
-def objections(adapter: SavedAdapter, network: Network) -> list[str]:
+def objections(adapter: Adapter, network: Network) -> list[str]:
     """Why an adapter does not belong on a network, by its names and shapes."""
     config, reasons = adapter.config, []
-    if not config.layout:
-        return ["its config has no layout, which is settled when an adapter is made and saved with it"]
     for layer, owned in adapter.slices.items():
         own = network.slices.get(layer)
         if own is None:
@@ -118,25 +112,14 @@ def objections(adapter: SavedAdapter, network: Network) -> list[str]:
     return reasons
 
 
-def misfits(form: Form, tensors: dict[tuple[str, str], Tensor]) -> list[str]:
-    """How tensors differ from what a form has."""
-    reasons = [f"{stack} {letter} is missing" for stack, letter in form.shapes.keys() - tensors.keys()]
-    reasons += [f"{stack} {letter} is unknown" for stack, letter in tensors.keys() - form.shapes.keys()]
-    return reasons + [
-        f"its factor {letter} of {stack} is {list(tensors[stack, letter].shape)} instead of {list(shape)}"
-        for (stack, letter), shape in form.shapes.items()
-        if (stack, letter) in tensors and tuple(tensors[stack, letter].shape) != shape
-    ]
-
-
-def increment_norms(version: Version, vector: Tensor) -> dict[str, float]:
+def increment_norms(adapter: PooledAdapter, vector: Tensor) -> dict[str, float]:
     """Frobenius norm of dW, scale included, by layer name."""
-    form = version.form
+    form = adapter.form
     tensors = form.split(vector.cpu().double()[None])
     terms = {stack: [term[0] for term in form.terms(tensors, stack)] for stack in form.factors}
     norms = {}
     for layer, owned in form.slices.items():
         U, cores, V = terms[owned.stack]
         core = core_matrix(core_grid(cores.narrow(0, owned.first, owned.count), owned))
-        norms[layer] = increment_norm(U, core, V, version.scale)
+        norms[layer] = increment_norm(U, core, V, adapter.scale)
     return norms

@@ -1,0 +1,64 @@
+"""Which adapters belong to a model, and how one is taken out of it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ..adapter.config import FacTConfig
+from ..adapter.validation import FACTORS
+from ..architecture.multihead import close_attentions
+from ..upstream import ModulesToSaveWrapper
+from .factors import FacTStack
+from .layer import FacTLinear
+
+
+def own_stacks(model: nn.Module) -> list[FacTStack]:
+    """The stacks registered on `model` itself, not those of adapted models inside it."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return list(getattr(base, FACTORS, {}).values()) if hasattr(base, FACTORS) else []
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> FacTConfig | None:
+    """The config of the adapter of this name that `model` has factors of, if there is one."""
+    configs = (stack.fact_config.get(adapter_name) for stack in own_stacks(model))
+    return next((config for config in configs if config is not None), None)
+
+
+def is_merged(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the increment of an adapter is part of the base weights, so that it must not be changed."""
+    return any(adapter_name in stack.merged_adapters for stack in own_stacks(model))
+
+
+def drop_empty_stacks(model: nn.Module) -> None:
+    """Remove the stacks in which no adapter has factors."""
+    stacks = getattr(model, FACTORS, {})
+    for name in [name for name, stack in stacks.items() if not stack.fact_config]:
+        del stacks[name]
+
+
+def discard(model: nn.Module, adapter_name: str) -> None:
+    """Undo the injection of an adapter: the model has no more wrappers than it needs for its other adapters."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    stacks = own_stacks(base)
+    for name, module in list(base.named_modules()):
+        replacement = None
+        if isinstance(module, FacTLinear) and module.fact_stacks.get(adapter_name) in stacks:
+            module.forget(adapter_name)
+            replacement = None if module.fact_slices else module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            others = [other for other in module.active_adapters if other != adapter_name]
+            module.delete_adapter(adapter_name, new_active_adapters=others)
+            replacement = None if len(module.modules_to_save) else module.original_module
+        if replacement is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, replacement)
+    for stack in stacks:
+        stack.forget(adapter_name)
+    drop_empty_stacks(base)
+    if hasattr(base, FACTORS) and not getattr(base, FACTORS):
+        delattr(base, FACTORS)
+    if not any(isinstance(module, FacTLinear) for module in base.modules()):
+        close_attentions(base)
