@@ -35,12 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from classification.checkpoints import WholeCheckpoints
+from classification.data import Task, find_columns, read_splits, read_task
+from classification.digits import pretrain, upright_and_shifted_digits
+from classification.metrics import ImageTrainer, percent, scores_of, write_reports
 from command_line import connect_processes, flag, parse
 from datasets import List
-from image_data import Task, find_columns, read_splits, read_task
-from image_metrics import ImageTrainer, percent, scores_of, write_reports
 from peft import PeftModel, get_peft_model
-from shifted_digits import pretrain, upright_and_shifted_digits
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -52,7 +53,6 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from whole_checkpoints import WholeCheckpoints
 
 import fact_peft
 from fact_peft import FacTConfig, StraightThroughCallback
@@ -206,6 +206,7 @@ def fit(args: Arguments, training: Recipe, config: FacTConfig, task: Task) -> Im
         callbacks.append(StraightThroughCallback(args.storage, args.head_storage, args.straight_through))
     if args.early_stopping:
         callbacks.append(EarlyStoppingCallback(args.early_stopping))
+    set_seed(training.seed)  # the head starts the same whatever was drawn before
     trainer = ImageTrainer(
         make_model(args, config, task, training.seed),
         training,

@@ -8,15 +8,17 @@ import subprocess
 import sys
 
 import command_line
-import image_data
-import image_metrics
 import numpy as np
 import pandas as pd
 import pytest
-import shifted_digits
 import torch
+from classification import data as image_data
+from classification import digits as shifted_digits
+from classification import metrics as image_metrics
+from classification.checkpoints import WholeCheckpoints
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
+from rgb import to_rgb
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import (
@@ -30,7 +32,6 @@ from transformers import (
     ViTImageProcessor,
     pipeline,
 )
-from whole_checkpoints import WholeCheckpoints
 
 import fact_peft
 from benchmarks.interruption.killing import largest_difference, run, run_and_kill, whole_checkpoints
@@ -322,7 +323,7 @@ def test_16_bit_grey_keeps_its_greys(mode, tmp_path):
     kind = {"I;16": "<u2", "I;16B": ">u2", "I": "int32"}[mode]
     image = PILImage.frombytes(mode, (16, 16), grey.astype(kind).tobytes())
     assert np.asarray(image.convert("RGB")).min(axis=(1, 2)).tolist() != list(range(0, 256, 16))  # Pillow clips
-    rgb = np.asarray(image_data.to_rgb(image))
+    rgb = np.asarray(to_rgb(image))
     assert rgb.shape == (16, 16, 3) and abs(rgb[..., 0].ravel() - np.arange(256.0)).max() <= 1
 
 

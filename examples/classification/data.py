@@ -5,33 +5,15 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, load_dataset
 from PIL import Image as PILImage
+from rgb import to_rgb
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from transformers import AutoImageProcessor, BaseImageProcessor, TrainingArguments
 from transformers.utils import logging
-
-
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """The image in RGB, 8 bits a channel. The 65,536 greys of a 16-bit image are scaled to 256; Pillow clips them.
-
-    Raises:
-        ValueError: If the pixels are floats, or integers outside [0, 65535], whose range is unknown.
-    """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        pixels = np.asarray(image)
-        if 0 <= pixels.min() and pixels.max() <= 65535:
-            image = PILImage.fromarray((pixels // 257).astype("uint8"))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"An image of mode {image.mode!r} has pixels from {image.getextrema()[0]} to {image.getextrema()[1]}, and "
-            "nothing says which of them is white. Save the images with 8 or 16 bits a channel."
-        )
-    return image.convert("RGB")
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+from classification.data import prepared
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
-from image_data import prepared
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, ViTImageProcessor
