@@ -59,8 +59,9 @@ def replace_everywhere(model: nn.Module, replacements: Mapping[nn.Module, nn.Mod
     """Put other modules in all places where modules are, except inside the others themselves."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in replacements and replacements[child] is not parent:
-                setattr(parent, name, replacements[child])
+            replacement = replacements.get(child) if child is not None else None
+            if replacement is not None and replacement is not parent:
+                setattr(parent, name, replacement)
 
 
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
