@@ -66,13 +66,14 @@ from transformers import (
 from transformers.utils import logging
 
 from fact_peft import (
+    Adapter,
     FacTConfig,
     StraightThroughCallback,
     load_image_classifier,
     push_image_classifier,
     quantize_adapter,
 )
-from fact_peft.operations.inspection import increment_norms, plot_increments, read_adapter
+from fact_peft.operations.inspection import plot_increments
 from fact_peft.sharing.card import copy_model_card, write_model_card
 
 COMPLETE = "complete.json"  # written into a checkpoint last
@@ -442,7 +443,7 @@ def draw(trainer: Trainer, folder: Path) -> None:
     for axes, title in ((losses, "loss"), (accuracies, "accuracy")):
         axes.set(xlabel="epoch", title=title)
         axes.legend()
-    plot_increments(increment_norms(read_adapter(folder)), increments)
+    plot_increments(Adapter.read(folder).increment_norms(), increments)
     figure.savefig(folder / "picture.png", dpi=120)
 
 

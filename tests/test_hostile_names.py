@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 from backbones import make_backbone
-from fact_peft.storage.quoting import as_code, for_markdown, for_python, for_terminal
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from fact_peft import FacTConfig, push_image_classifier, save_image_classifier
+from fact_peft.adapter.names import as_code, for_markdown, for_python, for_terminal
 from fact_peft.sharing.card import BEGIN, END
 
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})

@@ -22,7 +22,7 @@ from transformers import MobileViTConfig, MobileViTForImageClassification
 
 from fact_peft import FacTConfig, FacTLinear, convert_to_lora
 from fact_peft.architecture.multihead import OpenAttention
-from fact_peft.method.per_image import bank, read_per_image, write_per_image
+from fact_peft.method.per_image import FactorBank, read_per_image, write_per_image
 from fact_peft.tuner.head import FacTHead
 
 # From rank, decomposition and scale to the layers: no two are of one shape.
@@ -209,8 +209,12 @@ def test_the_formula(blocks):
         adapters.append((torch.randn(d, rank), torch.randn(N - rank, rank, rank), torch.randn(e, rank)))
     adapters.append(None)
     adapters, x = [t and tuple(f.double() for f in t) for t in adapters], torch.randn(4, 7, a * d).double()
+    banks = [
+        FactorBank.empty(1) if t is None else FactorBank(t[0][None], scale * t[1][None], t[2][None])
+        for t, scale in zip(adapters, scales, strict=True)
+    ]
     onto, owners = torch.randn(4, 7, b * e).double(), [1, 0, 2, 1]
-    factors = bank(adapters, scales)[torch.tensor(owners)]
+    factors = FactorBank.join(banks, N).of_images(owners)
     h = read_per_image(x, factors.U)
     y = write_per_image(h, factors.cores[:, 1 : 1 + a * b].unflatten(1, (a, b)), factors.V, onto)
     for i, owner in enumerate(owners):

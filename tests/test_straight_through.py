@@ -4,13 +4,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from backbones import NUM_LABELS, images, logits, make_backbone
-from fact_peft.storage.packing import pack, unpack
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from fact_peft import FacTConfig, StraightThrough, StraightThroughCallback
+from fact_peft.adapter.packing import pack, unpack
 
 LABELS = torch.arange(8) % NUM_LABELS
 

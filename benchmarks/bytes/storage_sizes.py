@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from fact_peft.tuner.config import STORAGES
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.reporting.markdown import table, write_generated
-from fact_peft import FacTConfig
+from fact_peft import Adapter, FacTConfig
+from fact_peft.adapter.storage import STORAGES
 from fact_peft.operations.inspection import TaskBytes, task_bytes
 
 COMMAND = "python -m benchmarks.bytes.storage_sizes"
@@ -43,8 +43,9 @@ def adapted(decomposition: str, rank: int, num_labels: int) -> PeftModel:
 
 def measure(model: PeftModel) -> TaskBytes:
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return task_bytes(Path(folder))
+        adapter = Adapter.of(model)
+        adapter.write(folder)
+        return task_bytes(adapter, Path(folder))
 
 
 def rows() -> Iterator[list[str]]:

@@ -30,7 +30,7 @@ from .config import FacTConfig, fact_config
 from .files import find_folder, read_tensors, replacing_files, write_files
 from .names import mark_local_folder
 from .storage import exact_numbers, to_storage
-from .validation import PREFIX, check_pair, digest, factor_key, sort_tensors
+from .validation import PREFIX, check_pair, factor_key, record, sort_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,10 +190,10 @@ class Adapter:
         }
 
     def write_files(self, folder: Path) -> None:
-        """Write the two files of this adapter into a new folder."""
+        """Write the two files of this adapter into a folder that is new, or has its image processor already."""
         config = copy.copy(self.config)
         config.inference_mode = True
-        write_files(folder, config, self.stored(), {"config": digest(config)})
+        write_files(folder, config, self.stored(), record(config, folder))
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Save this adapter, in place of the one that `folder` may hold.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 from .names import is_hub_id
 
 STAGING = ".saving-"
+ABANDONED_AFTER = 3600.0  # seconds, when what a killed process left is removed by the next save
 
 
 def find_folder(source: str | Path, revision: str | None, token: str | bool | None, files: list[str]) -> Path:
@@ -112,11 +114,14 @@ def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder to write files into; when the block ends, each replaces the file of its name in `folder`.
 
     Every file is written to the end beside the old one and then renamed, the config last. A process that is killed
-    before the first rename leaves the old files. Between two renames it leaves weights and config of different saves,
-    which is noticed when they are read (`validation.py`). Every process writes into a folder of its own, so that
-    several may save at once.
+    before the first rename leaves the old files. Between two renames it leaves files of two saves, which is noticed
+    when they are read, see `check_pair`. Every process writes into a folder of its own, so that several may save at
+    once.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
+    for abandoned in Path(folder).glob(f"{STAGING}*"):
+        if time.time() - abandoned.stat().st_mtime > ABANDONED_AFTER:
+            shutil.rmtree(abandoned, ignore_errors=True)
     staging = Path(mkdtemp(prefix=STAGING, dir=folder))
     try:
         yield staging

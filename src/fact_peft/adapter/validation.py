@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils import CONFIG_NAME
 from torch import Tensor
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import stack_sizes
@@ -167,27 +168,42 @@ def digest(config: FacTConfig) -> str:
     return hashlib.sha256(meaning.encode()).hexdigest()[:16]
 
 
-def check_pair(config: FacTConfig, file: Path) -> None:
-    """Refuse weights and a config of two different saves, which an interrupted save may leave.
+def record(config: FacTConfig, folder: Path) -> dict[str, str]:
+    """What the weights record of the files that are saved with them: their digests."""
+    processor = folder / IMAGE_PROCESSOR_NAME
+    beside = {processor.name: file_digest(processor)} if processor.is_file() else {}
+    return {"config": digest(config), **beside}
 
-    Weights that PEFT wrote record no config and are not checked.
+
+def file_digest(file: Path) -> str:
+    """Digest of the bytes of a file; empty if there is none."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+
+
+def check_pair(config: FacTConfig, file: Path) -> None:
+    """Refuse weights and a config, or an image processor, of two different saves, which an interrupted save may leave.
+
+    Weights that PEFT wrote record nothing and are not checked.
 
     Raises:
-        ValueError: If they do not belong together; says how to complete the save if its config is still there.
+        ValueError: If they do not belong together; says how to complete the save if the rest of it is still there.
     """
-    recorded = read_metadata(file).get("config")
-    if recorded in (None, digest(config)):
-        return
-    staged = sorted(file.parent.glob(f"{STAGING}*/{CONFIG_NAME}"))
-    repair = (
-        f"Complete the save with: mv '{staged[-1]}' '{file.parent / CONFIG_NAME}'"
-        if staged
-        else "Take both files from one save; to change a field of a saved adapter, use Adapter.read, replace and write"
-    )
-    raise ValueError(
-        f"{file} and its {CONFIG_NAME} are of two different saves: a save was interrupted between them, or one was "
-        f"edited or copied alone. {repair}."
-    )
+    recorded, folder = read_metadata(file), file.parent
+    processor = recorded.get(IMAGE_PROCESSOR_NAME)
+    interrupted = sorted(folder.glob(f"{STAGING}*/{CONFIG_NAME}"))
+    other_config = recorded.get("config") not in (None, digest(config))
+    # Without the rest of a save beside it, an image processor was changed by its owner.
+    other_processor = interrupted and processor not in (None, file_digest(folder / IMAGE_PROCESSOR_NAME))
+    if other_config or other_processor:
+        repair = (
+            f"Complete the save with: mv '{interrupted[-1].parent}'/* '{folder}'"
+            if interrupted
+            else "Take all files from one save; to change a field of a saved adapter, use Adapter.read, replace, write"
+        )
+        raise ValueError(
+            f"{file} and the files beside it are of two different saves: a save was interrupted, or one file was "
+            f"edited or copied alone. {repair}."
+        )
 
 
 def listed(names: list[str], separator: str = ", ", count: int = 6) -> str:

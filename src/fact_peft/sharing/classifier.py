@@ -61,8 +61,8 @@ def save_image_classifier(
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
     with replacing_files(folder) as staging:
-        adapter.write_files(staging)
         image_processor.save_pretrained(staging)
+        adapter.write_files(staging)
         copy_model_card(folder, staging)
         write_model_card(adapter, staging, folder.resolve().name, metrics)
 

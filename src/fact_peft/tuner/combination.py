@@ -6,6 +6,7 @@ sum of the adapters' increments times their weights.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -50,8 +51,10 @@ def weighted_sum(
     if any(adapter.config.bias != "none" for adapter in adapters):
         raise ValueError("Adapters that train biases (bias='all' or 'fact_only') cannot be summed: biases are shared.")
     config = summed_config(adapters, order)
+    numbers = (factor for adapter in adapters for group in adapter.factors.values() for factor in group.values())
+    dtype = functools.reduce(torch.promote_types, (factor.dtype for factor in numbers), torch.float32)
     factors = {
-        stack: {letter: torch.zeros(shape) for letter, shape in shapes.items()}
+        stack: {letter: torch.zeros(shape, dtype=dtype) for letter, shape in shapes.items()}
         for stack, shapes in factor_shapes(config).items()
     }
     start = 0

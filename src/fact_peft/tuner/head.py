@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..adapter.config import FacTConfig
 from ..adapter.storage import to_storage
+from ..method.per_image import joined, of_images
 from ..upstream import ModulesToSaveWrapper
-from .call import MixedBatch, current_batch
+from .mixed_batch import MixedBatch, current_batch
 
 
 class FacTHead(ModulesToSaveWrapper):
@@ -45,8 +46,7 @@ class FacTHead(ModulesToSaveWrapper):
         if batch is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
         heads = [
-            self.modules_to_save[name] if name in self.modules_to_save else self.original_module
-            for name in batch.distinct
+            self.modules_to_save[name] if name in self.modules_to_save else self.original_module for name in batch.names
         ]
         if batch.shared is not None:
             return heads[0](*args, **kwargs)
@@ -64,7 +64,7 @@ def adopt_heads(model: nn.Module, adapter_name: str, config: FacTConfig) -> None
 
 
 def per_image_heads(
-    batch: MixedBatch, heads: Sequence[nn.Module], x: Tensor, *args: Any, **kwargs: Any
+    batch: MixedBatch, heads: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor | list[Tensor]:
     """The output of every image's own head: one tensor, or a list if they differ in size.
 
@@ -76,33 +76,24 @@ def per_image_heads(
         kwargs: Passed to all heads.
 
     Raises:
-        TypeError: If a head does not give one output per input.
+        TypeError: If a head does not give one output per input, or takes more than one tensor.
         ValueError: If the heads differ in size and the model wants to compute a loss.
     """
-    batch.by_image(x)  # for its check
-    rows_per_image = len(x) // len(batch.names)
-    images = x.view(len(batch.names), rows_per_image, *x.shape[1:])
-    owners = [batch.distinct.index(name) for name in batch.names]
-    outputs: list[Any] = [None] * len(batch.names)
-    for members in alike(heads):
-        mine = [image for image, owner in enumerate(owners) if owner in members]
-        rows = images[torch.tensor(mine, device=x.device)]
-        head = heads[members[0]]
-        if is_plain(head):
-            index = torch.tensor([members.index(owners[image]) for image in mine], device=x.device)
-            results = linear_heads(rows, [heads[member] for member in members], index)
-        else:
-            results = head(rows.flatten(0, 1), *args, **kwargs)
-            if not isinstance(results, Tensor) or len(results) != len(mine) * rows_per_image:
-                raise TypeError(
-                    f"adapter_names cannot be used with the head {type(head).__name__}, which does not give one output "
-                    "per input; call the model with one adapter at a time."
-                )
-            results = results.unflatten(0, (len(mine), rows_per_image))
-        for image, result in zip(mine, results, strict=True):
-            outputs[image] = result
-    if len({output.shape for output in outputs}) == 1:
-        return torch.stack(outputs).flatten(0, 1)
+    x = batch.poison(x)
+    if all(is_plain(head) for head in heads):
+        weight = of_images(joined([head.weight[None] for head in heads], 0, 0), batch.places)
+        biases = [head.weight.new_zeros(1, 0) if head.bias is None else head.bias[None] for head in heads]
+        has_bias = any(head.bias is not None for head in heads)
+        bias = of_images(joined(biases, weight.shape[1]), batch.places) if has_bias else None
+        y = batch.head(x, weight, bias)
+        sizes = [heads[place].out_features for place in batch.places]
+        if len(set(sizes)) == 1:
+            return y
+        outputs = [image[..., :size] for image, size in zip(y.unflatten(0, (len(sizes), -1)), sizes, strict=True)]
+    else:
+        outputs = one_by_one(batch, heads, x, *args, **kwargs)
+        if len({output.shape for output in outputs}) == 1:
+            return torch.stack(outputs).flatten(0, 1)
     if batch.has_labels:
         raise ValueError(
             "labels cannot be used with adapters of different numbers of classes in one batch: there is no one loss. "
@@ -116,21 +107,18 @@ def is_plain(head: nn.Module) -> bool:
     return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
 
 
-def alike(heads: Sequence[nn.Module]) -> list[list[int]]:
-    """Places of heads that can be computed together: plain linear layers of one size, or one and the same module."""
-    groups: dict[Any, list[int]] = {}
-    for place, head in enumerate(heads):
-        key = (head.weight.shape, head.weight.dtype, head.bias is None) if is_plain(head) else id(head)
-        groups.setdefault(key, []).append(place)
-    return list(groups.values())
-
-
-def linear_heads(x: Tensor, heads: Sequence[Any], index: Tensor) -> Tensor:
-    """Every image (B, rows, ..., in) through the linear layer `index` says, in one batched product."""
-    weight = torch.stack([head.weight for head in heads])[index]
-    rows = x.flatten(1, -2)
-    if heads[0].bias is None:
-        y = torch.bmm(rows, weight.mT)
-    else:
-        y = torch.baddbmm(torch.stack([head.bias for head in heads])[index][:, None], rows, weight.mT)
-    return y.view(*x.shape[:-1], -1)
+def one_by_one(batch: MixedBatch, heads: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """The output (rows of one, ...) of every image, from one call of each head with the images it has."""
+    images = x.unflatten(0, (batch.num_images, -1))
+    outputs = {}
+    for head in dict.fromkeys(heads):
+        mine = [image for image, place in enumerate(batch.places) if heads[place] is head]
+        results = head(images[torch.tensor(mine, device=x.device)].flatten(0, 1), *args, **kwargs)
+        tensors = [value for value in (*args, *kwargs.values(), results) if isinstance(value, Tensor)]
+        if len(tensors) != 1 or tensors[0] is not results or len(results) != len(mine) * images.shape[1]:
+            raise TypeError(
+                f"adapter_names cannot be used with the head {type(head).__name__}, which does not give one output "
+                "per input; call the model with one adapter at a time."
+            )
+        outputs.update(zip(mine, results.unflatten(0, (len(mine), -1)), strict=True))
+    return [outputs[image] for image in range(batch.num_images)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from ..architecture.linears import linear_shape
 from ..method.decomposition import contract, core_grid, core_matrix, expand, increment, low_rank_pair
 from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable, without_autocast
 from ..method.tensorization import Slices
-from .call import MixedBatch, current_batch
 from .factors import FacTLayer, FacTStack, ordinary_tensors
+from .mixed_batch import MixedBatch, current_batch
 from .per_image_weight import PerImageWeight
 
 
@@ -105,21 +104,10 @@ class FacTLinear(nn.Module, FacTLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
-        if batch is not None and batch.shared is None:
-            return self._add_per_image(x, y, batch)
+        if batch is not None and self in batch.slices:
+            return batch.add(self.base_layer, x, y, batch.slices[self])
         for adapter_name in applied:
             y = self._add_increment(x, y, adapter_name)
-        return y
-
-    def _add_per_image(self, x: Tensor, y: Tensor, batch: MixedBatch) -> Tensor:
-        """y + x dW with the dW of every image's own adapter."""
-        dtype = autocast_dtype(x) or x.dtype
-        # Nobody else has seen what a plain layer gives.
-        in_place = not torch.is_grad_enabled() and is_fusable(self.base_layer)
-        for stack in {self.fact_stacks[name] for name in batch.distinct if name in self.fact_stacks}:
-            slices = {name: owned for name, owned in self.fact_slices.items() if self.fact_stacks[name] is stack}
-            factors = batch.factors(stack, x.device, dtype)
-            y = batch.add(x, y, factors, batch.cores(factors, stack, slices), in_place)
         return y
 
     def _forward_fused(self, x: Tensor, adapter_name: str) -> Tensor:
@@ -165,8 +153,8 @@ class FacTLinear(nn.Module, FacTLayer):
         if self.disable_adapters or self.merged or not whole:
             return weight
         batch = current_batch(self)
-        if batch is not None and batch.shared is None and not self.fan_in_fan_out:
-            return PerImageWeight.of(weight, partial(self._add_per_image, batch=batch))
+        if batch is not None and self in batch.slices and not self.fan_in_fan_out:
+            return PerImageWeight.of(weight, batch, base_layer, batch.slices[self])
         for adapter_name in self._applied_adapters(batch):
             weight = weight + self._delta_weight(adapter_name).to(weight)
         return weight

@@ -20,13 +20,13 @@ from ..adapter.validation import FACTORS
 from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import Slices, stack_sizes
 from ..upstream import ModulesToSaveWrapper, activate_heads
-from .call import calling_with, current_batch
+from .adapter_names import using_adapters
 from .combination import weighted_sum
 from .factors import FacTLayer, FacTStack, SharedFactors, ordinary_tensors
 from .head import FacTHead, adopt_heads
 from .layer import FacTLinear
 from .loading import checked_state_dict, stored_state_dict
-from .mixed_batch import mixed_batch
+from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
 from .removal import adapter_config, discard, drop_empty_stacks, is_merged, own_stacks
 
@@ -307,7 +307,7 @@ class FacTModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is not None:
-            with mixed_batch(self.model, adapter_names, args, kwargs):
+            with using_adapters(self.model, adapter_names, args, kwargs):
                 yield
         elif current_batch() is not None:  # called inside another call, but not with its adapters
             with calling_with(None):
