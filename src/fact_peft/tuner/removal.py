@@ -12,14 +12,15 @@ from ..adapter.validation import FACTORS
 from ..architecture.linears import replace_everywhere
 from ..architecture.multihead import close_attentions
 from ..upstream import ModulesToSaveWrapper
-from .factors import FacTStack
+from .factors import FacTStack, SharedFactors
 from .layer import FacTLinear
 
 
 def own_stacks(model: nn.Module) -> list[FacTStack]:
     """The stacks registered on `model` itself, not those of adapted models inside it."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return list(getattr(base, FACTORS, {}).values()) if hasattr(base, FACTORS) else []
+    factors = getattr(base, FACTORS, None)  # perhaps the model's own
+    return list(factors.values()) if isinstance(factors, SharedFactors) else []  # type: ignore[arg-type]
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> FacTConfig | None:
