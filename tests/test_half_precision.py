@@ -6,7 +6,10 @@ from architectures import ARCHITECTURES
 from backbones import BACKBONES, images, logits, make_backbone, vit
 from peft import PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
 
 from fact_peft import FacTConfig
 
@@ -149,3 +152,44 @@ def test_a_head_of_float32_is_called_as_it_is():
     head = next(module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
     x = torch.randn(2, 32)
     assert torch.equal(head(x), head.modules_to_save["default"](x))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_fully_shard_with_a_mixed_precision_policy(dtype, process_group):
+    """FSDP wants one dtype of all that is trained in a group, and casts it by its policy."""
+    model = adapted(dtype)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.get_base_model().vit.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    sharded = list(losses(model, dtype))
+    assert sharded[-1] < 0.8 * sharded[0]
+
+
+class Images(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"pixel_values": images(count=8)[index], "labels": index % 5}
+
+
+def test_trainer_in_bf16(tmp_path):
+    model = adapted(torch.bfloat16)  # autocast to bfloat16 does not take float16 on the CPU
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    arguments = TrainingArguments(
+        tmp_path, bf16=True, use_cpu=True, max_steps=3, report_to=[], learning_rate=1e-2, logging_steps=1
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Images())
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert parameter.dtype == torch.float32 and not torch.equal(parameter, before[name])
