@@ -69,7 +69,7 @@ def described(argument: Any, num_images: int) -> Hashable:
         return (is_batch, *argument.shape[int(is_batch) :], argument.dtype)
     if isinstance(argument, (bool, int, float, str)):
         return argument
-    return type(argument)
+    return str(type(argument))
 
 
 def of_odd_images(output: Any, num_images: int) -> Iterator[Tensor]:
