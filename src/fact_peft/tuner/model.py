@@ -63,7 +63,7 @@ class FacTModel(BaseTuner):
         """
         asked = self.peft_config[adapter_name]
         assert isinstance(asked, FacTConfig)
-        previous = adapter_config(model, adapter_name)
+        previous, is_saved = adapter_config(model, adapter_name), asked.layout is not None
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             if is_merged(model, adapter_name):
@@ -86,7 +86,7 @@ class FacTModel(BaseTuner):
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
             raise
-        if asked.layout is not None:
+        if is_saved:
             for stack in own_stacks(model):
                 stack.await_numbers(adapter_name)
         if adapter_name in self.active_adapters:
