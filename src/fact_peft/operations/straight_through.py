@@ -47,7 +47,7 @@ class StraightThrough:
         config = fact_config(model, adapter_name)
         settled = replace(config, storage=storage, head_storage=head_storage)  # for its checks
         stacks = [stack.factors(adapter_name) for stack in stacks_of(model, adapter_name)]
-        self._storages: dict[nn.Parameter, str | None] = {
+        self._storages: dict[Tensor, str | None] = {
             **{parameter: storage for factors in stacks for parameter in factors.values()},
             **{parameter: settled.storage_of_heads for parameter in head_parameters(model, adapter_name)},
         }
@@ -60,7 +60,7 @@ class StraightThrough:
         optimizer = getattr(optimizer, "optimizer", optimizer)
         with torch.no_grad():
             self._exact = {parameter: parameter.detach().clone() for parameter in self._storages}
-            self._rounded: dict[nn.Parameter, Tensor] = {}
+            self._rounded: dict[Tensor, Tensor] = {}
             self._round()
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),

@@ -47,9 +47,7 @@ class FacTHead(ModulesToSaveWrapper):
         cast_in_place(module, dtype_of(self.original_module))
         return module
 
-    def adapter_state_dict(  # type: ignore[override]  # as ModulesToSaveWrapper has it
-        self, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of an adapter's head as they are saved."""
         tensors = super().adapter_state_dict(adapter_name, state_dict)
         config = self.configs.get(adapter_name)  # none of an adapter of another method
@@ -168,7 +166,7 @@ def one_by_one(
 ) -> list[Tensor]:
     """The output (rows of one, ...) of every image, from one call of each head with the images it has."""
     images = x.unflatten(0, (batch.num_images, -1))
-    outputs = {}
+    outputs: dict[int, Tensor] = {}
     for head in dict.fromkeys(heads):
         mine = [image for image, place in enumerate(batch.places) if heads[place] is head]
         results = call(head, images[torch.tensor(mine, device=x.device)].flatten(0, 1), *args, **kwargs)
