@@ -284,7 +284,8 @@ class FacTLinear(nn.Module, FacTLayer):
                 "computed anew without the increment; make it a parameter first, for instance with "
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
-        if not self._is_whole(base_layer.weight):
+        weight: Any = base_layer.weight
+        if not self._is_whole(weight):
             return "its weight is sharded over processes; gather it, or merge in one process"
         return None
 

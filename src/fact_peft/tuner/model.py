@@ -359,5 +359,6 @@ class FacTModel(BaseTuner):
         except ValueError:
             if any(adapter_name in stack.unloaded for stack in own_stacks(model)):
                 discard(model, adapter_name)
-                model.peft_config.pop(adapter_name, None)
+                configs: Any = model.peft_config
+                configs.pop(adapter_name, None)
             raise
