@@ -103,6 +103,17 @@ def test_what_was_unpacked_is_packed_to_the_same_bytes(bits):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
+def test_the_default_device_does_not_matter(bits):
+    tensor = torch.randn(7, 33)
+    expected = pack(tensor, bits)
+    with torch.device("meta"):  # where no constant has a value
+        packed = pack(tensor, bits)
+        unpacked, in_place = unpack(packed), rounded(tensor, bits)
+    assert torch.equal(packed, expected)
+    assert torch.equal(unpacked, unpack(expected)) and torch.equal(in_place, unpacked)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_no_number_is_further_than_half_a_step_unless_clipped_and_no_scale_does_better(bits):
     numbers = random((4, 64))
     packed = pack(numbers, bits)

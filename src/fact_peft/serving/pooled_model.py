@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,7 +29,7 @@ class PooledLinear(nn.Module):
         """
         super().__init__()
         self.base_layer = base_layer
-        self.slices = {owned.stack: owned for owned in slices}
+        self.slices: dict[Hashable, Slices] = {owned.stack: owned for owned in slices}
         self.in_features, self.out_features = slices[0].in_features, slices[0].out_features
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -101,7 +101,7 @@ def batch_of(
         for layer, its_slices in owned.items():
             slices.setdefault(layer, {})[stack] = its_slices
     bank = partial(gather, names, places, theirs, ours)
-    modules = frozenset([*layers, *heads])
+    modules: frozenset[nn.Module] = frozenset([*layers, *heads])
     return MixedBatch(places, bank, modules, slices=slices, names=names, has_labels=has_labels)
 
 

@@ -67,7 +67,9 @@ def described(argument: Any, num_images: int) -> Hashable:
     if isinstance(argument, Tensor):
         is_batch = argument.ndim > 0 and len(argument) == num_images
         return (is_batch, *argument.shape[int(is_batch) :], argument.dtype)
-    return argument if isinstance(argument, (bool, int, float, str, type(None))) else type(argument)
+    if isinstance(argument, (bool, int, float, str)):
+        return argument
+    return str(type(argument))
 
 
 def of_odd_images(output: Any, num_images: int) -> Iterator[Tensor]:
