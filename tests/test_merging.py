@@ -5,13 +5,11 @@ import copy
 import pytest
 import torch
 from backbones import images, logits, make_backbone
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from peft import get_peft_model
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from fact_peft import FacTConfig
 
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 # Adding and subtracting a number of the size of 1 rounds twice.
 ROUNDING = 1e-5
 
@@ -132,38 +130,3 @@ def test_a_weight_that_is_computed_anew_is_not_merged(compute):
         expected = logits(others, images())
         others.merge_adapter()
         torch.testing.assert_close(logits(others, images()), expected, rtol=0, atol=1e-4)
-
-
-def test_tied_weights_are_not_merged_twice():
-    backbone = make_backbone("vit")
-    first, second = backbone.vit.layers
-    second.mlp.fc1.weight = first.mlp.fc1.weight
-    model = adapted(backbone)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.fc1: it shares its weight with vit\.layers\.0\.mlp\.fc1"):
-        model.merge_adapter()
-    assert model.get_model_status().merged_adapters == []
-    second.mlp.fc1.base_layer.weight = nn.Parameter(second.mlp.fc1.base_layer.weight.clone(), requires_grad=False)
-    with torch.no_grad():
-        expected = logits(model, images())
-        torch.testing.assert_close(logits(model.merge_and_unload(), images()), expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", ["FacT", "LoRA"])
-def test_one_layer_at_two_places_is_adapted_at_both(method):
-    backbone = make_backbone("vit")
-    first, second = backbone.vit.layers
-    second.mlp.fc1 = first.mlp.fc1
-    if method == "LoRA":
-        model = get_peft_model(backbone, LoraConfig(target_modules=LAYERS))
-        assert model.base_model.model.vit.layers[1].mlp.fc1 is not model.base_model.model.vit.layers[0].mlp.fc1
-        return
-    model = adapted(backbone)
-    assert second.mlp.fc1 is first.mlp.fc1
-    with torch.no_grad():
-        expected = logits(model, images())
-        model.merge_adapter()
-        torch.testing.assert_close(logits(model, images()), expected, rtol=0, atol=1e-4)
-        model.unmerge_adapter()
-        plain = model.merge_and_unload()
-        assert type(second.mlp.fc1) is nn.Linear and second.mlp.fc1 is first.mlp.fc1
-        torch.testing.assert_close(logits(plain, images()), expected, rtol=0, atol=1e-4)

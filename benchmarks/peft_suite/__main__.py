@@ -74,7 +74,7 @@ def run(checkout: Path, jobs: int) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(checkout / "tests", folder / "tests")
-        shutil.copyfile(checkout / "pyproject.toml", folder / "pyproject.toml")
+        (folder / "pytest.ini").write_text("[pytest]\n")  # theirs asks for plugins
         file = folder / "tests" / "test_custom_models.py"
         file.write_text(with_rows(file.read_text()))
         command = [

@@ -275,7 +275,7 @@ class FacTLinear(nn.Module, FacTLayer):
 
     def why_not_mergeable(self) -> str | None:
         """Why an increment added to the base weight would be lost or fail; None if it would not."""
-        base_layer = self.get_base_layer()
+        base_layer: Any = self.get_base_layer()
         if self.quantization_backend is not None:
             return None
         if "weight" not in base_layer._parameters:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig, fact_config
 from ..adapter.validation import FACTORS
-from ..architecture.linears import replace_everywhere
 from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import stack_sizes
 from ..upstream import ModulesToSaveWrapper, activate_heads
@@ -63,7 +62,7 @@ class FacTModel(BaseTuner):
         """
         asked = self.peft_config[adapter_name]
         assert isinstance(asked, FacTConfig)
-        previous = adapter_config(model, adapter_name)
+        previous, is_saved = adapter_config(model, adapter_name), asked.layout is not None
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             if is_merged(model, adapter_name):
@@ -86,7 +85,7 @@ class FacTModel(BaseTuner):
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
             raise
-        if asked.layout is not None:
+        if is_saved:
             for stack in own_stacks(model):
                 stack.await_numbers(adapter_name)
         if adapter_name in self.active_adapters:
@@ -104,8 +103,6 @@ class FacTModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast, on_meta)
         if in_part:  # PEFT shortens long lists to what tells modules apart, which their parts are not
             config.target_modules = targets
-        # PEFT replaces a layer in one place only.
-        replace_everywhere(model, {layer.base_layer: layer for layer in self._linears()})
         adopt_heads(model, getattr(model, FACTORS).configs)
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
         getattr(model, FACTORS).keep_statistics(model)
@@ -288,7 +285,6 @@ class FacTModel(BaseTuner):
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        replace_everywhere(self.model, {layer: layer.base_layer for layer in self._linears()})
         if hasattr(self.model, FACTORS):
             delattr(self.model, FACTORS)
         close_attentions(self.model)
@@ -298,26 +294,18 @@ class FacTModel(BaseTuner):
         """Raise before the first layer is merged rather than at the first bad one.
 
         Raises:
-            ValueError: If a weight cannot take an increment, two layers share one, or with `safe_merge`, if a merged
-                weight would not be finite.
+            ValueError: If a weight cannot take an increment, or with `safe_merge`, if a merged weight would not be
+                finite.
         """
-        owners: dict[int, str] = {}
         for path, layer in self.model.named_modules():
             if not isinstance(layer, FacTLinear):
                 continue
             names = layer.active_adapters if adapter_names is None else adapter_names
-            names = [name for name in names if name in layer.fact_slices]
-            weight = getattr(layer.get_base_layer(), "weight", None)
-            owner = owners.setdefault(id(weight), path) if names and weight is not None else path
-            reason = layer.why_not_mergeable() if names else None
-            if owner != path:
-                reason = (
-                    f"it shares its weight with {owner}, and one weight cannot hold two increments; untie them first"
-                )
-            if reason:
-                raise ValueError(f"An increment cannot be merged into {path}: {reason}.")
-            for name in names if safe_merge else ():
-                layer.merged_weight(name, check=True)
+            for name in [name for name in names if name in layer.fact_slices]:
+                if reason := layer.why_not_mergeable():
+                    raise ValueError(f"An increment cannot be merged into {path}: {reason}.")
+                if safe_merge:
+                    layer.merged_weight(name, check=True)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
