@@ -14,8 +14,8 @@ from fact_peft import FacTLinear
 
 # In float32, of the adapter's effect. An export that has lost an adapter differs by 0.3 to 1.
 TOLERANCE = 1e-4
-# The exported graph interpolates in other operations than torch does.
-ONNX_TOLERANCE = {"DPT": 1e-2}
+# Their depth is far larger than what the adapter changes in it, so that float32 rounds more of that.
+LARGE_OUTPUTS = {"DPT": 1e-2, "Depth Anything": 1e-2}
 
 # What cannot be exported without an adapter either, in torch 2.14 and transformers 5.23: the flow depends on numbers.
 BY_NUMBERS = {"VideoMAE, pre-training", "EoMT"}
@@ -35,8 +35,8 @@ def check(name, way, merged):
         pytest.importorskip("onnxruntime")
     if name in NOT_EXPORTED[way]:
         pytest.skip(f"{name} cannot be exported without an adapter either")
-    tolerance = ONNX_TOLERANCE.get(name, TOLERANCE) if way == "ONNX" else TOLERANCE
-    assert difference(ARCHITECTURES[name], way, merged, any_size=name not in ONE_SIZE) < tolerance
+    found = difference(ARCHITECTURES[name], way, merged, any_size=name not in ONE_SIZE)
+    assert found < LARGE_OUTPUTS.get(name, TOLERANCE)
 
 
 @pytest.mark.parametrize("way", WAYS)

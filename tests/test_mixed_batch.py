@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import MobileViTConfig, MobileViTForImageClassification
+from transformers.pytorch_utils import Conv1D
 
 from fact_peft import FacTConfig, FacTLinear, convert_to_lora
 from fact_peft.architecture.multihead import OpenAttention
@@ -314,6 +315,22 @@ def test_a_weight_that_is_not_multiplied_by_linear_is_refused():
     with model.disable_adapter():
         expected = model(x)
     torch.testing.assert_close(model(x, adapter_names=["__base__"] * 2), expected)
+
+
+def test_a_weight_that_is_kept_the_other_way_round_is_refused_too():
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Conv1D(6, 6)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.layer.weight)
+
+    model = get_peft_model(Transposed(), FacTConfig(rank=2, target_modules=["layer"], init_weights=False)).eval()
+    x = torch.randn(2, 3, 6)
+    with pytest.raises(NotImplementedError, match=r"linear\(\) cannot use it"):
+        model(x, adapter_names=["default", "__base__"])
+    assert not torch.equal(model(x, adapter_names=["default"] * 2), model(x, adapter_names=["__base__"] * 2))
 
 
 # A call's adapters are the call's

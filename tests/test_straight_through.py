@@ -84,22 +84,6 @@ def test_training_goes_on_and_what_is_saved_is_what_was_trained(decomposition, t
     assert changed.unique().numel() > 100  # exact steps again, not multiples of a group's
 
 
-def test_another_form_starts_with_a_new_state_of_the_optimizer_and_the_same_increments():
-    model = adapted()
-    factors = model.get_base_model().factors["32x32"].factors("default")
-    with torch.no_grad():
-        factors["U"][:, 0] *= 1000  # which rounding in common groups would not survive
-        factors["Sigma"][:, 0] /= 1000
-    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-8)
-    loss_of(model).backward()
-    optimizer.step()
-    expected = logits(model.eval(), images()).detach()
-    head = model.get_base_model().classifier.modules_to_save["default"].weight
-    StraightThrough(model, optimizer, "int8")
-    assert factors["U"] not in optimizer.state and head in optimizer.state
-    assert (logits(model, images()) - expected).norm() < 0.05 * expected.norm()
-
-
 def by_load_state_dict(model, other, folder):
     model.load_state_dict(other.state_dict())
 

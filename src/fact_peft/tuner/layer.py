@@ -188,7 +188,7 @@ class FacTLinear(nn.Module, FacTLayer):
         if self.disable_adapters or self.merged or not can_add:
             return weight
         batch = current_batch(self)
-        if batch is not None and self in batch.slices and not self.fan_in_fan_out:
+        if batch is not None and self in batch.slices:
             return PerImageWeight.of(weight, batch, base_layer, batch.slices[self])
         for adapter_name in self._applied_adapters(batch):
             weight = weight + self._delta_weight(adapter_name).to(weight)

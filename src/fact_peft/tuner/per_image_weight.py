@@ -42,7 +42,9 @@ class PerImageWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.linear:
+        weights = [value for value in (*args, *kwargs.values()) if isinstance(value, cls)]
+        # A layer that is no nn.Linear, as transformers' Conv1D, keeps its weight the other way round.
+        if func is nn.functional.linear and isinstance(weights[0].base_layer, nn.Linear):
             return multiply(*args, **kwargs)
         if func not in LOOKS:
             raise NotImplementedError(
