@@ -51,7 +51,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,

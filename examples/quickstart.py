@@ -26,6 +26,8 @@ linear-probe 67-73, full-tuning 83-91, LoRA 85-89, FacT-TT 85-89, FacT-TK 85-91.
 4,608 parameters) reached 85.3 with seeds 0, 1, 2. The task is a toy: logistic regression trained to the end reaches
 about 80 on the frozen features, but 90-95 on the bare pixels, to which rotating and inverting mean nothing.
 
+With --init gradients the factors start from the gradients of the task (`initialize_from_gradients`).
+
 With a model and a dataset from the Hub or a folder there is no pretraining. Any transformers model will do whose head
 is one linear layer `classifier`; large ones want smaller learning rates (--learning_rates 1e-4 1e-3 1e-2):
 
@@ -59,7 +61,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fact_peft import FacTConfig
+from fact_peft import FacTConfig, initialize_from_gradients
 
 METHODS = ("linear-probe", "full-tuning", "LoRA", "FacT-TT", "FacT-TK")
 NUM_PRETRAINING_DIGITS = 900
@@ -81,6 +83,9 @@ class Arguments:
     )
     rank: int | None = field(
         default=None, metadata={"help": "Rank of LoRA and FacT. Without: the default of each, 8 and 16."}
+    )
+    init: str = field(
+        default="random", metadata={"help": "Where FacT starts from.", "choices": ["random", "gradients"]}
     )
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-3, 5e-3, 2e-2, 1e-1],
@@ -245,6 +250,10 @@ def run(
     set_seed(seed)
     few, val = pick_per_class(task.labels, args.train_per_class)
     model = adapt(backbone, method, args.rank)
+    if args.init == "gradients" and method.startswith("FacT"):
+        order = torch.randperm(len(few)).split(args.batch_size)
+        batches = ({"pixel_values": task.images[few[i]], "labels": task.labels[few[i]]} for i in order)
+        initialize_from_gradients(model, batches, seed=seed, show_progress_bar=False)
     title = f"{method}, seed {seed}, learning rate {learning_rate:g}"
     train(model, task.images[few], task.labels[few], learning_rate, args.epochs, args.batch_size, title)
     return model, accuracy(model, task.images[val], task.labels[val])

@@ -49,7 +49,7 @@ def test_a_room_imports_itself_and_reporting_only(room):
     "command, expected",
     [
         (["benchmarks.exactness", "--rank", "2"], "| float64 | q, k, v, o | tt |"),
-        (["benchmarks.exactness.donors"], "| micro-sam | "),
+        (["benchmarks.exactness.source_formats"], "| micro-sam | "),
         (["benchmarks.bytes.parameter_counts"], "| ViT-B/16 | FacT-TT | 4 | 8,448 | 8,448 | 33,792 |"),
     ],
 )

@@ -20,7 +20,7 @@ from transformers import (
 )
 from upstream import skip_where_lora_is_refused
 
-from fact_peft import FacTConfig, hotswap_adapter, load_image_classifier, save_image_classifier
+from fact_peft import Adapter, FacTConfig, hotswap_adapter, load_image_classifier, save_image_classifier
 from fact_peft.method.decomposition import DECOMPOSITIONS
 
 pytestmark = pytest.mark.compatibility
@@ -63,7 +63,7 @@ def test_labels_of_the_model_are_saved_in_the_order_of_the_logits(tmp_path):
 def test_labels_the_model_gets_after_the_adapter_are_saved(tmp_path):
     model = get_peft_model(make_backbone("vit"), FacTConfig())
     model.config.id2label = dict(enumerate("abcde"))
-    model.save_pretrained(tmp_path)
+    Adapter.of(model).write(tmp_path)
     assert saved_labels(tmp_path) == list("abcde")
 
 
@@ -268,7 +268,8 @@ def test_card_counts_what_peft_trains_and_the_file_holds(decomposition, tmp_path
     text = card_of(tmp_path / "adapter").text
     assert f"| parameters of the factors | {factors:,} |" in text
     assert f"| other trained parameters (head: classifier) | {trainable - factors:,} |" in text
-    assert f"| bytes of adapter_model.safetensors | {file.stat().st_size:,} |" in text
+    size = sum((file.parent / name).stat().st_size for name in (file.name, "adapter_config.json"))
+    assert f"| bytes on disk, head and config included | {size:,} |" in text
     assert "| accuracy | 0.93125 |\n| images | 12345 |" in text
     assert "`cat`, `dog`, `cat`, `owl`" in text
 

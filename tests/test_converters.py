@@ -9,8 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.exactness.donors import (
-    DONORS,
+from benchmarks.exactness.source_formats import (
+    IMPLEMENTATIONS,
     RANK,
     SCALE,
     authors_tensor_train,
@@ -24,14 +24,14 @@ from benchmarks.exactness.donors import (
 from fact_peft import convert_checkpoint, convert_from
 from fact_peft.__main__ import main
 
-# Float64; the donors add the same numbers in another order.
+# Float64; they add the same numbers in another order.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
-@pytest.mark.parametrize("donor", [authors_tensor_train, authors_tucker])
-def test_a_checkpoint_of_the_authors_computes_the_same(donor, tmp_path):
+@pytest.mark.parametrize("implementation", [authors_tensor_train, authors_tucker])
+def test_a_checkpoint_of_the_authors_computes_the_same(implementation, tmp_path):
     torch.manual_seed(0)
-    saved, theirs = donor(make_backbone("timm", torch.float64))
+    saved, theirs = implementation(make_backbone("timm", torch.float64))
     nn.init.normal_(theirs.head.weight)
     saved.update({f"head.{name}": value.detach() for name, value in theirs.head.named_parameters()})
     torch.save(saved, tmp_path / "cifar.pt")
@@ -145,9 +145,9 @@ def test_micro_sam_has_no_scale():
         convert_from("micro-sam", {}, scale=2.0)
 
 
-@pytest.mark.parametrize("donor", DONORS, ids=lambda donor: donor[0])
-def test_the_benchmark_finds_no_error(donor):
-    adapted, merged, without = errors(*donor[1:])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda implementation: implementation[0])
+def test_the_benchmark_finds_no_error(implementation):
+    adapted, merged, without = errors(*implementation[1:])
     assert max(adapted, merged) < 1e-13 and without > 0.1
 
 

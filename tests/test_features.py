@@ -66,7 +66,7 @@ def gradients(model):
 @everywhere
 def test_conversion_to_lora_is_exact(decomposition, backbone, tmp_path):
     model = adapted(decomposition, backbone)
-    save_as_lora(tmp_path, model)
+    save_as_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(make_backbone(backbone), tmp_path)
     assert isinstance(lora.peft_config["default"], LoraConfig) and lora.peft_config["default"].r == 4
     torch.testing.assert_close(scores(lora), scores(model), rtol=0, atol=1e-5)
@@ -89,7 +89,7 @@ def test_conversion_carries_biases(tmp_path):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name.endswith("base_layer.bias"):
             parameter.data += 1
-    save_as_lora(tmp_path, model)
+    save_as_lora(model, tmp_path)
     torch.testing.assert_close(
         scores(PeftModel.from_pretrained(make_backbone("vit"), tmp_path)), scores(model), rtol=0, atol=1e-5
     )

@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fact_peft import FacTConfig, hotswap_adapter
-from fact_peft.operations.inspection import describe, read_adapter
+from fact_peft import Adapter, FacTConfig, hotswap_adapter
+from fact_peft.operations.inspection import describe
 
 FILE = "adapter_model.safetensors"
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.complex64]
@@ -149,7 +149,7 @@ def test_damaged_file_is_refused_without_a_trace_or_loaded_to_finite_numbers(dam
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                read = read_adapter(tmp_path)
+                read = Adapter.read(tmp_path)
             except ValueError:
                 read = None
             else:

@@ -10,10 +10,10 @@ from backbones import make_backbone
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from fact_peft import FacTConfig
+from fact_peft import Adapter, FacTConfig
 from fact_peft.__main__ import main
 from fact_peft.method.tensorization import read_layout
-from fact_peft.operations.inspection import describe, read_adapter
+from fact_peft.operations.inspection import describe
 
 BLOCK = "vit.layers.0-1: attention.q_proj 32x32"
 
@@ -30,7 +30,7 @@ def edit(folder, **changes):
 
 
 def printed_refusal(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["fact_peft", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["fact_peft", "show", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit:
         main()
     message = exit.value.code
@@ -118,18 +118,18 @@ def test_damaged_and_foreign_files(folder, monkeypatch):
 def test_names_reach_the_terminal_quoted(folder):
     nasty = ["\x1b[2J\x1b]0;owned\x07", "a\nlabels      forged", "\u202egnirts", "\r", "plain", "Gänseblümchen"]
     edit(folder, labels=nasty[:5], base_model_name_or_path="\x1b[31mred")
-    text = describe(read_adapter(folder))
+    text = describe(Adapter.read(folder))
     assert all(line.isprintable() for line in text.split("\n"))
     assert r"\x1b[2J\x1b]0;owned\x07, a\nlabels      forged, \u202egnirts, \r, plain" in text
     assert r"base        \x1b[31mred" in text
     edit(folder, labels=["Gänseblümchen", "日本"] * 2 + ["e"])
-    assert "Gänseblümchen, 日本" in describe(read_adapter(folder))
+    assert "Gänseblümchen, 日本" in describe(Adapter.read(folder))
 
 
 def test_names_with_formulas_are_drawn_as_they_are(tmp_path, monkeypatch, capsys):
     model = torch.nn.ModuleDict({"$\\frac{": torch.nn.Linear(8, 8)})
     get_peft_model(model, FacTConfig(rank=2, target_modules=["$\\frac{"])).save_pretrained(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fact_peft", str(tmp_path), "--map", str(tmp_path / "map.png")])
+    monkeypatch.setattr(sys, "argv", ["fact_peft", "show", str(tmp_path), "--map", str(tmp_path / "map.png")])
     main()
     assert "map.png" in capsys.readouterr().out
 

@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from fact_peft import FacTConfig, push_image_classifier, save_image_classifier
+from fact_peft.adapter.names import as_code, for_markdown, for_python, for_terminal
 from fact_peft.sharing.card import BEGIN, END
-from fact_peft.storage.quoting import as_code, for_markdown, for_python, for_terminal
 
 PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
 NASTY = [

@@ -8,9 +8,8 @@ from backbones import make_backbone
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from fact_peft import FacTConfig, FacTLinear
+from fact_peft import Adapter, FacTConfig, FacTLinear
 from fact_peft.__main__ import main
-from fact_peft.operations.inspection import increment_norms, read_adapter
 
 
 @pytest.fixture(params=[("vit", "tt"), ("vit", "tk"), ("swin", "tt"), ("timm", "tk")])
@@ -25,7 +24,7 @@ def adapted(request, tmp_path):
 
 def test_norms_are_those_of_the_increments_of_the_live_model(adapted):
     model, folder = adapted
-    norms = increment_norms(read_adapter(folder))
+    norms = Adapter.read(folder).increment_norms()
     expected = {
         name.removeprefix("base_model.model."): layer.get_delta_weight("default").norm().item()
         for name, layer in model.named_modules()
@@ -37,7 +36,7 @@ def test_norms_are_those_of_the_increments_of_the_live_model(adapted):
 
 def test_factors_and_the_rest_are_all_that_is_trained(adapted):
     model, folder = adapted
-    adapter = read_adapter(folder)
+    adapter = Adapter.read(folder)
     factors = [factor for stack in adapter.factors.values() for factor in stack.values()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert sum(tensor.numel() for tensor in [*factors, *adapter.others.values()]) == trained
@@ -46,7 +45,7 @@ def test_factors_and_the_rest_are_all_that_is_trained(adapted):
 def test_the_command_prints_and_draws(adapted, tmp_path, monkeypatch, capsys):
     model, folder = adapted
     picture = tmp_path / "map.png"
-    monkeypatch.setattr(sys, "argv", ["fact_peft", str(folder), "--map", str(picture)])
+    monkeypatch.setattr(sys, "argv", ["fact_peft", "show", str(folder), "--map", str(picture)])
     main()
     printed = capsys.readouterr().out
     config = model.peft_config["default"]
@@ -63,19 +62,19 @@ def test_the_command_prints_and_draws(adapted, tmp_path, monkeypatch, capsys):
 def test_an_adapter_of_another_method_is_refused(tmp_path):
     get_peft_model(make_backbone("vit"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a FacT adapter but one of"):
-        read_adapter(tmp_path)
+        Adapter.read(tmp_path)
 
 
 def test_a_folder_without_weights_is_refused(adapted):
     _, folder = adapted
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no adapter_model.safetensors"):
-        read_adapter(folder)
+        Adapter.read(folder)
 
 
 def test_an_untrained_adapter_does_nothing_anywhere(tmp_path):
     get_peft_model(make_backbone("vit"), FacTConfig(rank=3)).save_pretrained(tmp_path)
-    assert set(increment_norms(read_adapter(tmp_path)).values()) == {0.0}
+    assert set(Adapter.read(tmp_path).increment_norms().values()) == {0.0}
 
 
 def test_norms_of_a_wide_layer_count_every_slice(tmp_path):
@@ -88,5 +87,5 @@ def test_norms_of_a_wide_layer_count_every_slice(tmp_path):
         stack.fact_U["default"].copy_(torch.eye(32, 2))
         stack.fact_V["default"].copy_(torch.eye(32, 2))
     model.save_pretrained(tmp_path)
-    norms = increment_norms(read_adapter(tmp_path))
+    norms = Adapter.read(tmp_path).increment_norms()
     assert {name: norm for name, norm in norms.items() if norm} == {"vit.layers.0.mlp.fc1": pytest.approx(8**0.5)}

@@ -154,7 +154,7 @@ def test_as_lora_it_gives_the_same_outputs(settings, tmp_path):
         for name, parameter in peft_model.named_parameters():
             if name.endswith("bias") and parameter.requires_grad:
                 parameter.add_(0.3)
-    save_as_lora(tmp_path, peft_model)
+    save_as_lora(peft_model, tmp_path)
     lora = PeftModel.from_pretrained(encoder(), tmp_path, autocast_adapter_dtype=False)
     lora.train()  # without dropout; in evaluation torch's fused inference leaves out PEFT's LoRA
     assert type(lora.active_peft_config).__name__ == "LoraConfig"
@@ -163,7 +163,7 @@ def test_as_lora_it_gives_the_same_outputs(settings, tmp_path):
 
 def test_the_output_projection_is_not_exported_to_a_lora_that_counts_it_twice(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.out_proj cannot be exported"):
-        save_as_lora(tmp_path, adapt(encoder()))
+        save_as_lora(adapt(encoder()), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

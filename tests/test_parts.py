@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from fact_peft import AdapterPool, FacTConfig, FacTLinear, hotswap_adapter, save_as_lora
-from fact_peft.operations.inspection import describe, increment_map, increment_norms, read_adapter
+from fact_peft import Adapter, AdapterPool, FacTConfig, FacTLinear, hotswap_adapter, save_as_lora
+from fact_peft.operations.inspection import describe, increment_map
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64 in another order, through a few layers
 SCALE = 0.8
@@ -197,6 +197,7 @@ def test_all_but_the_keys(name):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:target_modules has .* which matches no linear layer")  # of the 40 blocks
 def test_every_way_to_say_q_and_v(settings, tmp_path):
     peft_model = adapt(make_backbone("timm"), **settings)
     assert peft_model.peft_config["default"].layout == ["blocks.0-1: attn.qkv 32x96[qv/qkv]"]
@@ -298,7 +299,7 @@ def test_a_pool_of_parts(tmp_path):
     for name in PARTS:
         folder = tmp_path if name == "default" else tmp_path / name
         pool.load(name, folder)
-        norms = increment_norms(read_adapter(folder))
+        norms = Adapter.read(folder).increment_norms()
         assert pool.increment_norms(name) == pytest.approx(norms)
         live = {
             path: layer.get_delta_weight(name).norm().item()
@@ -315,11 +316,11 @@ def test_a_pool_of_parts(tmp_path):
 def test_inspection_says_which_part(tmp_path):
     peft_model = adapt(make_backbone("timm"), exclude_modules=["qkv.k"])
     peft_model.save_pretrained(tmp_path)
-    adapter = read_adapter(tmp_path)
+    adapter = Adapter.read(tmp_path)
     said = describe(adapter)
     assert "attn.qkv 32x96[qv/qkv]" in said and "stack       22 slices of 32x32" in said
     assert f"{2 * 32 * 3 + 22 * 9:,} in the factors" in said
-    _, matrices, grid = increment_map(increment_norms(adapter))
+    _, matrices, grid = increment_map(adapter.increment_norms())
     assert matrices == ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"] and (grid > 0).all()
 
 
@@ -362,7 +363,7 @@ def test_hot_swap_wants_the_same_parts(tmp_path):
 def test_as_lora_it_gives_the_same_outputs(name, tmp_path):
     layer = FUSED[name]
     peft_model = adapt(build(name), target_modules=[f"{layer}.q", f"{layer}.v"])
-    save_as_lora(tmp_path, peft_model)
+    save_as_lora(peft_model, tmp_path)
     lora = PeftModel.from_pretrained(build(name), tmp_path, autocast_adapter_dtype=False)
     lora.train()  # without dropout; in evaluation torch's fused inference leaves out PEFT's LoRA
     for module in lora.modules():

@@ -12,9 +12,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from fact_peft import AdapterPool, FacTConfig, Prediction
+from fact_peft import Adapter, AdapterPool, FacTConfig, Prediction
 from fact_peft.method.decomposition import DECOMPOSITIONS
-from fact_peft.operations.inspection import increment_norms, read_adapter
 
 BACKBONES = ["vit", "deit", "swin", "timm"]
 
@@ -103,13 +102,13 @@ def test_predictions_have_labels_and_scores(tmp_path):
 def test_adapters_come_from_memory_too(tmp_path):
     expected = make_adapter(tmp_path)
     pool = AdapterPool(make_backbone("vit"))
-    saved = read_adapter(tmp_path)
+    saved = Adapter.read(tmp_path)
     pool.load("saved", saved)
     pool.load("pair", (saved.config, load_file(tmp_path / "adapter_model.safetensors")))
     for image, prediction in enumerate(pool(images(), ["saved", "pair", "saved"])):
         same(prediction, expected[image])
     norms = pool.increment_norms("pair")
-    assert norms == pytest.approx(increment_norms(saved))
+    assert norms == pytest.approx(saved.increment_norms())
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
@@ -157,7 +156,7 @@ def test_what_cannot_be_pooled_is_refused_and_changes_nothing(tmp_path):
     expected = make_adapter(tmp_path / "good")
     pool = AdapterPool(make_backbone("vit"))
     pool.load("a", tmp_path / "good")
-    good = read_adapter(tmp_path / "good")
+    good = Adapter.read(tmp_path / "good")
     state = load_file(tmp_path / "good" / "adapter_model.safetensors")
 
     def changed(**changes):
@@ -283,7 +282,7 @@ def test_a_full_disk_refuses_the_new_adapter_and_loses_none(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fact_peft.serving.shelf.save_file", full)
+        patch.setattr("fact_peft.serving.adapter_cache.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             pool.load("2", tmp_path / "2")
     assert pool.names() == ["0", "1"]
@@ -297,17 +296,17 @@ def test_an_adapter_costs_its_bytes_and_no_module(tmp_path):
     make_adapter(tmp_path)
     vit = make_backbone("vit")
     pool = AdapterPool(vit)
-    saved = read_adapter(tmp_path)
-    modules, parameters = len(list(pool.network.module.modules())), len(list(pool.network.module.parameters()))
+    saved = Adapter.read(tmp_path)
+    modules, parameters = len(list(pool.model.module.modules())), len(list(pool.model.module.parameters()))
     for i in range(50):
         pool.load(str(i), saved)
     raw = sum(t.nbytes for group in saved.factors.values() for t in group.values())
     raw += sum(t.nbytes for t in saved.others.values())
     assert pool.stats()["bytes"] == 50 * raw
-    assert len(list(pool.network.module.modules())) == modules
-    assert len(list(pool.network.module.parameters())) == parameters
+    assert len(list(pool.model.module.modules())) == modules
+    assert len(list(pool.model.module.parameters())) == parameters
     shared = {p.data_ptr() for p in vit.parameters()}
-    assert {p.data_ptr() for p in pool.network.module.parameters()} == shared
+    assert {p.data_ptr() for p in pool.model.module.parameters()} == shared
 
 
 def test_an_unloaded_adapter_is_gone(tmp_path):
@@ -334,7 +333,7 @@ def test_threads_see_whole_versions_while_adapters_are_replaced_and_moved(tmp_pa
             expected[name, version] = make_adapter(
                 folder, seed=10 * i + version, rank=version + 1, num_labels=5 + version
             )
-            saved[name, version] = read_adapter(folder)
+            saved[name, version] = Adapter.read(folder)
     pool = AdapterPool(make_backbone("vit"), device_capacity=2, host_capacity=1, spill_folder=tmp_path / "spill")
     for name in names:
         pool.load(name, saved[name, 0])
@@ -425,4 +424,4 @@ def test_adapters_of_one_kind_are_stacked_together(tmp_path):
     pool = AdapterPool(make_backbone("vit"))
     for i in range(2):
         pool.load(str(i), tmp_path / str(i))
-    assert pool._versions["0"].form is pool._versions["1"].form
+    assert pool._versions["0"].spec is pool._versions["1"].spec

@@ -88,6 +88,6 @@ def test_weights_quantised_by_hand_train_but_do_not_merge():
 @pytest.mark.parametrize("base", BASES)
 def test_quantised_head_is_refused_unless_it_is_left_alone(base, folder):
     model = load(folder, base, skip=["no such module"])
-    with pytest.raises(ValueError, match=r"The classifier classifier is quantised .* modules_to_save=\[\]"):
+    with pytest.raises(ValueError, match=r"The module classifier is quantised .* modules_to_save=\[\]"):
         get_peft_model(model, FacTConfig(rank=4))
     get_peft_model(model, FacTConfig(rank=4, modules_to_save=[]))

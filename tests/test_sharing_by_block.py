@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.exactness.equations import reference_increment
-from fact_peft import AdapterPool, FacTConfig, FacTLinear, hotswap_adapter, save_as_lora
-from fact_peft.operations.inspection import describe, increment_norms, read_adapter
+from fact_peft import Adapter, AdapterPool, FacTConfig, FacTLinear, hotswap_adapter, save_as_lora
+from fact_peft.operations.inspection import describe
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -174,7 +174,7 @@ def test_an_adapter_that_is_deleted_takes_its_stacks_along():
 
 def test_as_lora_it_gives_the_same_outputs(tmp_path):
     model = adapt("timm", exclude_modules=["qkv.k"])
-    save_as_lora(tmp_path, model)
+    save_as_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(make_backbone("timm", torch.float64), tmp_path, autocast_adapter_dtype=False)
     torch.testing.assert_close(logits(lora, images(torch.float64)), logits(model, images(torch.float64)), **EXACT)
 
@@ -193,7 +193,7 @@ def test_hot_swap_and_layout_tell_the_two_kinds_apart(tmp_path):
 def test_inspection_counts_every_block(tmp_path):
     model = adapt("timm")
     model.save_pretrained(tmp_path)
-    adapter = read_adapter(tmp_path)
+    adapter = Adapter.read(tmp_path)
     said = describe(adapter)
     count = 2 * (2 * 32 * 3 + 12 * 9)
     assert "rank 3, scale 0.8, U and V per block" in said
@@ -203,7 +203,7 @@ def test_inspection_counts_every_block(tmp_path):
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, FacTLinear)
     }
-    assert increment_norms(adapter) == pytest.approx(live)
+    assert adapter.increment_norms() == pytest.approx(live)
 
 
 def test_one_block_learns_without_the_others():

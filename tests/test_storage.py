@@ -1,19 +1,19 @@
 """Adapters and heads in few bits: what the bytes say, what rounding costs, and that every way in gives the same."""
 
 import itertools
-import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from backbones import images, logits, make_backbone
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import ViTImageProcessor
 
 from fact_peft import (
+    Adapter,
     AdapterPool,
     FacTConfig,
     FacTLinear,
@@ -24,11 +24,10 @@ from fact_peft import (
     save_image_classifier,
 )
 from fact_peft.__main__ import main
+from fact_peft.adapter.packing import WIDTHS, is_packed, pack, rounded, unpack
+from fact_peft.adapter.storage import STORAGES, bits_of
 from fact_peft.method.decomposition import DECOMPOSITIONS
-from fact_peft.operations.inspection import read_adapter, task_bytes
-from fact_peft.storage.packing import WIDTHS, is_packed, pack, rounded, unpack
-from fact_peft.tuner.config import STORAGES, bits_of
-from fact_peft.tuner.contents import factor_shapes
+from fact_peft.operations.inspection import task_bytes
 
 PACKED = [f"int{bits}" for bits in WIDTHS]
 SHAPES = [(1,), (7,), (64,), (65,), (129,), (3, 5), (10, 33), (6, 4, 4), (2, 1, 3, 5)]
@@ -66,9 +65,10 @@ def decoded(packed):
     """The numbers of a packed tensor, from the description of the layout in `packing.py` and numpy alone."""
     data = packed.numpy().tobytes()
     magic, version, bits, group, num_dimensions = struct.unpack_from("<4sBBBB", data)
-    assert (magic, version) == (b"FacT", 1)
-    shape = struct.unpack_from(f"<{num_dimensions}I", data, 8)
-    count, start = int(np.prod(shape)), 8 + 4 * num_dimensions
+    assert (magic, version) == (b"FacT", 2)
+    assert struct.unpack_from("<I", data, 8) == (zlib.crc32(data[12:]),)
+    shape = struct.unpack_from(f"<{num_dimensions}I", data, 12)
+    count, start = int(np.prod(shape)), 12 + 4 * num_dimensions
     num_groups = -(-count // group)
     raised = np.frombuffer(data, "<u2", num_groups, start).astype("<u4") << 16  # bfloat16: a float32's upper half
     scales = raised.view("<f4")
@@ -86,7 +86,7 @@ def test_packed_bytes_are_what_the_layout_says(bits, shape):
     tensor = random(shape)
     packed = pack(tensor, bits)
     count = int(np.prod(shape))
-    assert len(packed) == 8 + 4 * len(shape) + 2 * -(-count // 64) + -(-count * bits // 8)
+    assert len(packed) == 12 + 4 * len(shape) + 2 * -(-count // 64) + -(-count * bits // 8)
     np.testing.assert_array_equal(unpack(packed).double().numpy(), decoded(packed))
     assert torch.equal(rounded(tensor, bits), unpack(packed))
 
@@ -100,6 +100,17 @@ def test_what_was_unpacked_is_packed_to_the_same_bytes(bits):
         numbers[torch.rand(count, generator=generator) < trial % 3 / 3] = 0
         packed = pack(numbers, bits)
         assert torch.equal(pack(unpack(packed), bits), packed), trial
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_default_device_does_not_matter(bits):
+    tensor = torch.randn(7, 33)
+    expected = pack(tensor, bits)
+    with torch.device("meta"):  # where no constant has a value
+        packed = pack(tensor, bits)
+        unpacked, in_place = unpack(packed), rounded(tensor, bits)
+    assert torch.equal(packed, expected)
+    assert torch.equal(unpacked, unpack(expected)) and torch.equal(in_place, unpacked)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -154,26 +165,6 @@ def test_distance_is_that_of_the_dense_increments(decomposition):
     assert member.distance(one, other) == pytest.approx((dense[0] - dense[1]).norm().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-@torch.no_grad()
-def test_unbalanced_columns_are_balanced_before_they_are_rounded(decomposition):
-    """Columns of U of lengths 1 and 1000, undone in V: rounded in common groups the short ones would be lost."""
-    model = adapted(decomposition)
-    stack = model.get_base_model().factors["32x32"]
-    lengths = torch.tensor([1.0, 1000.0, 1.0, 1000.0])
-    before = scores(model)
-    if decomposition == "cp":
-        stack.fact_U["default"].mul_(lengths)
-        stack.fact_V["default"].div_(lengths)
-    else:
-        core = stack.fact_Sigma if decomposition == "tt" else stack.fact_C
-        stack.fact_U["default"].mul_(lengths)
-        core["default"].div_(lengths[:, None])
-    torch.testing.assert_close(scores(model), before, rtol=1e-4, atol=1e-4)
-    quantize_adapter(model, "int8")
-    assert (scores(model) - before).norm() < 0.05 * before.norm()
-
-
 # Everywhere
 
 
@@ -199,16 +190,13 @@ def test_every_loader_gives_the_same_numbers_and_saving_again_the_same_bytes(sto
     second.set_adapter("second")
     assert torch.equal(scores(second), expected)
 
-    by_name = make_backbone("vit")
-    by_name.load_adapter(str(tmp_path / "a"))
-    assert torch.equal(scores(by_name), expected)
-    by_name.save_pretrained(tmp_path / "c")
-    assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "c" / FILE).read_bytes()
-    given = make_backbone("vit")
-    given.load_adapter(
-        peft_config=FacTConfig.from_pretrained(tmp_path / "a"), adapter_state_dict=load_file(tmp_path / "a" / FILE)
-    )
-    assert torch.equal(scores(given), expected)
+    attached = make_backbone("vit")
+    Adapter.read(tmp_path / "a").attach(attached)
+    assert torch.equal(scores(attached), expected)
+    Adapter.of(attached).write(tmp_path / "c")
+    assert Adapter.of(attached).config.storage == storage
+    original, written = load_file(tmp_path / "a" / FILE), load_file(tmp_path / "c" / FILE)
+    assert original.keys() == written.keys() and all(torch.equal(original[key], written[key]) for key in original)
 
     swapped = adapted(decomposition, seed=5)
     hotswap_adapter(swapped, tmp_path / "a")
@@ -232,7 +220,7 @@ def test_every_loader_gives_the_same_numbers_and_saving_again_the_same_bytes(sto
 
 def test_lora_export_has_the_numbers_in_memory(tmp_path):
     model = adapted(storage="int4")
-    save_as_lora(tmp_path, model)
+    save_as_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(make_backbone("vit"), tmp_path)
     torch.testing.assert_close(scores(lora), scores(model), rtol=1e-4, atol=1e-5)
     assert model.peft_config["default"].storage == "int4"
@@ -252,10 +240,36 @@ def test_other_backbones_with_biases(backbone, tmp_path):
 def test_pickled_files_hold_packed_numbers_too(tmp_path):
     model = adapted(storage="int4")
     model.save_pretrained(tmp_path, safe_serialization=False)
-    expected = scores(PeftModel.from_pretrained(make_backbone("vit"), tmp_path))
-    by_name = make_backbone("vit")
-    by_name.load_adapter(str(tmp_path))
-    assert torch.equal(scores(by_name), expected)
+    loaded = PeftModel.from_pretrained(make_backbone("vit"), tmp_path)
+    quantize_adapter(model, "int4")
+    assert torch.equal(scores(loaded), scores(model))
+
+
+@pytest.mark.parametrize("ignore_mismatched_sizes", [False, True])
+def test_transformers_own_loader_does_not_compute_with_a_packed_file_it_cannot_read(ignore_mismatched_sizes, tmp_path):
+    adapted(storage="int4").save_pretrained(tmp_path)
+    model = make_backbone("vit")
+    if ignore_mismatched_sizes:
+        model.load_adapter(str(tmp_path), ignore_mismatched_sizes=True)
+    else:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            model.load_adapter(str(tmp_path))
+    with pytest.raises(ValueError, match=r"saved as int4, and its numbers were not loaded.*PeftModel\.from_pretrained"):
+        model(images())
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_mean_of_packed_files_is_refused(bits):
+    """As federated averaging computes it: the mean of the bytes, cast back."""
+    files = [pack(random((16, 16)) * scale, bits) for scale in (1, 2, 3)]
+    mean = torch.stack([file.float() for file in files]).mean(0).to(torch.uint8)
+    with pytest.raises(ValueError, match="checksum"):
+        unpack(mean)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_largest_float_stays_finite(bits):
+    assert unpack(pack(torch.full((3,), torch.finfo(torch.float32).max), bits)).isfinite().all()
 
 
 def test_heads_have_their_own_storage_and_by_default_no_less_than_8_bits(tmp_path):
@@ -275,9 +289,8 @@ def test_heads_have_their_own_storage_and_by_default_no_less_than_8_bits(tmp_pat
         assert torch.isfinite(scores(PeftModel.from_pretrained(make_backbone("vit"), folder))).all()
 
 
-def test_an_unused_storage_leaves_no_trace(tmp_path):
+def test_without_a_storage_the_data_types_are_those_of_the_model(tmp_path):
     adapted().save_pretrained(tmp_path)
-    assert not {"storage", "head_storage"} & json.loads((tmp_path / "adapter_config.json").read_text()).keys()
     assert {tensor.dtype for tensor in load_file(tmp_path / FILE).values()} == {torch.float32}
 
 
@@ -325,34 +338,46 @@ def with_byte(position, value):
 
 
 SIGMA = "base_model.model.factors.32x32.fact_Sigma"
+
+
+def sealed(change):
+    """A change that takes the checksum along, as only somebody who knows the layout could make."""
+
+    def change_and_seal(packed):
+        changed = change(packed)
+        checksum = zlib.crc32(changed[12:].numpy().tobytes())
+        changed[8:12] = torch.tensor(list(struct.pack("<I", checksum)), dtype=torch.uint8)
+        return changed
+
+    return change_and_seal
+
+
 DAMAGES = {
     "magic": (with_byte(0, 0), "bytes that are no packed tensor, int4 by the config|uint8, not of floats"),
-    "version": (with_byte(4, 2), "version 2 of the layout, of which this fact_peft knows 1"),
+    "version": (with_byte(4, 1), "version 1 of the layout, of which this fact_peft knows 2"),
     "bits": (with_byte(5, 3), "3 bits in groups of 64; known are"),
     "other bits": (lambda packed: pack(unpack(packed), 8), "packed as int8 in the file, int4 by the config"),
     "group": (with_byte(6, 32), "bytes where .* in groups of 32 take"),
     "dimensions": (with_byte(7, 200), "200 dimensions"),
-    "shape": (with_byte(8, 7), r"bytes where \[7, "),
+    "checksum": (with_byte(8, 7), "the checksum is wrong"),
+    "a code": (with_byte(-1, 7), "the checksum is wrong"),
+    "shape": (sealed(with_byte(12, 7)), r"bytes where \[7, "),
     "other shape": (lambda packed: pack(unpack(packed).flatten(0, 1), 4), r"\(96, 4\) in the file, \(24, 4, 4\)"),
-    "cut": (lambda packed: packed[:-3].clone(), "bytes where"),
-    "cut to the preamble": (lambda packed: packed[:10].clone(), "fewer bytes than its dimensions take"),
-    "longer": (lambda packed: torch.cat([packed, packed[:1]]), "bytes where"),
-    "scale": (with_byte(21, 255), "scales that are negative or not finite"),
+    "cut": (sealed(lambda packed: packed[:-3].clone()), "bytes where"),
+    "cut to the preamble": (sealed(lambda packed: packed[:14].clone()), "fewer bytes than its dimensions take"),
+    "longer": (sealed(lambda packed: torch.cat([packed, packed[:1]])), "bytes where"),
+    "scale": (sealed(with_byte(25, 255)), "scales that are negative or not finite"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("by_transformers", [False, True])
-def test_damaged_layouts_are_refused_by_name_before_the_model_is_touched(damage, by_transformers, tmp_path):
+def test_damaged_layouts_are_refused_by_name_before_the_model_is_touched(damage, tmp_path):
     adapted(storage="int4").save_pretrained(tmp_path)
     change, message = DAMAGES[damage]
     rewritten(tmp_path, SIGMA, change)
     backbone = make_backbone("vit")
     with pytest.raises(ValueError, match=f"(?s)(fact_Sigma.*({message})|({message}).*fact_Sigma)"):
-        if by_transformers:
-            backbone.load_adapter(str(tmp_path))
-        else:
-            PeftModel.from_pretrained(backbone, tmp_path)
+        PeftModel.from_pretrained(backbone, tmp_path)
     assert backbone.state_dict().keys() == make_backbone("vit").state_dict().keys()
 
 
@@ -365,7 +390,7 @@ def test_a_damaged_head_is_refused_by_name(tmp_path):
 
 def test_bits_behind_the_last_number_are_refused():
     packed = pack(random((3,)), 4)
-    packed[-1] |= 0xF0
+    packed = sealed(with_byte(-1, int(packed[-1]) | 0xF0))(packed)
     with pytest.raises(ValueError, match="bits set behind the last number"):
         unpack(packed)
 
@@ -377,20 +402,6 @@ def test_state_dict_with_damage_leaves_the_adapter_as_it_was():
     with pytest.raises(ValueError, match=r"fact_Sigma.*packed in a way that cannot be read"):
         set_peft_model_state_dict(model, state)
     assert torch.equal(scores(model), expected)
-
-
-@pytest.mark.parametrize("storage", PACKED)
-def test_what_0_1_expects_of_a_factor_is_not_met_so_that_it_refuses(storage, tmp_path):
-    """It compares the shape of every factor with the config's; a packed one has one dimension, no factor has."""
-    adapted(storage=storage, modules_to_save=[]).save_pretrained(tmp_path)
-    shapes = factor_shapes(FacTConfig.from_pretrained(tmp_path))
-    with safe_open(tmp_path / FILE, "pt") as file:
-        for name, shape in shapes.items():
-            found = tuple(file.get_slice(f"base_model.model.{name}").get_shape())
-            assert len(shape) > 1 and len(found) == 1
-
-
-# What is said of it
 
 
 def test_a_classifier_is_saved_in_few_bits_by_one_argument(tmp_path, monkeypatch, capsys):
@@ -408,7 +419,7 @@ def test_a_classifier_is_saved_in_few_bits_by_one_argument(tmp_path, monkeypatch
     quantize_adapter(model, "int4")
     assert torch.equal(scores(loaded), scores(model))
 
-    few, whole = (task_bytes(tmp_path / name) for name in ("few", "whole"))
+    few, whole = (task_bytes(Adapter.read(tmp_path / name), tmp_path / name) for name in ("few", "whole"))
     files = [tmp_path / "few" / name for name in (FILE, "adapter_config.json")]
     assert few.total == sum(file.stat().st_size for file in files)
     assert few.factors < whole.factors / 5 and few.others < whole.others / 2
@@ -416,19 +427,19 @@ def test_a_classifier_is_saved_in_few_bits_by_one_argument(tmp_path, monkeypatch
     trained = sum(parameter.numel() for name, parameter in model.named_parameters() if ".fact_" in name)
     assert f"| parameters of the factors | {trained:,} |" in card
     assert "| stored as | int4, head int8 |" in card
-    assert f"| bytes a task, head and config included | {few.total:,} |" in card
-    monkeypatch.setattr("sys.argv", ["fact_peft", str(tmp_path / "few")])
+    assert f"| bytes on disk, head and config included | {few.total:,} |" in card
+    monkeypatch.setattr("sys.argv", ["fact_peft", "show", str(tmp_path / "few")])
     main()
     printed = capsys.readouterr().out
     assert "storage     int4, head int8" in printed
-    assert f"a task      {few.total:,}: {few.factors:,} factors, {few.others:,} head and others" in printed
+    assert f"bytes       {few.total:,}: {few.factors:,} factors, {few.others:,} head and others" in printed
 
 
 def test_norms_without_the_base_model_are_of_the_rounded_numbers(tmp_path):
     model = adapted(storage="int2")
     model.save_pretrained(tmp_path)
     quantize_adapter(model, "int2")
-    adapter = read_adapter(tmp_path)
+    adapter = Adapter.read(tmp_path)
     for name, layer in model.named_modules():
         if isinstance(layer, FacTLinear):
             slices = adapter.slices[name.removeprefix("base_model.model.")]

@@ -1,7 +1,7 @@
 """What a task takes on disk in each storage, head and config included: ViT-B/16 with a head of 100 classes.
 
     python -m benchmarks.bytes.storage_sizes
-    python -m benchmarks.bytes.storage_sizes --write docs/bytes.md
+    python -m benchmarks.bytes.storage_sizes --write benchmarks/bytes/MEASURED.md
 
 The backbone has shapes but no weights; factors and head are random numbers, whose bytes are those of any others.
 """
@@ -17,9 +17,9 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.reporting.markdown import table, write_generated
-from fact_peft import FacTConfig
+from fact_peft import Adapter, FacTConfig
+from fact_peft.adapter.storage import STORAGES
 from fact_peft.operations.inspection import TaskBytes, task_bytes
-from fact_peft.tuner.config import STORAGES
 
 COMMAND = "python -m benchmarks.bytes.storage_sizes"
 NUM_LABELS = 100
@@ -43,8 +43,9 @@ def adapted(decomposition: str, rank: int, num_labels: int) -> PeftModel:
 
 def measure(model: PeftModel) -> TaskBytes:
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return task_bytes(Path(folder))
+        adapter = Adapter.of(model)
+        adapter.write(folder)
+        return task_bytes(adapter, Path(folder))
 
 
 def rows() -> Iterator[list[str]]:

@@ -47,7 +47,7 @@ def conversion(decomposition: str, rank: int) -> tuple[float, float, float]:
                 torch.linalg.svd(layer.get_delta_weight("default"), full_matrices=False)
         seconds_svd = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
-            save_as_lora(folder, model)
+            save_as_lora(model, folder)
             lora = PeftModel.from_pretrained(model.unload(), folder)
         error = (lora(pixel_values=images).logits - expected).abs().max() / expected.abs().max()
     return error.item(), seconds, seconds_svd

@@ -1,6 +1,9 @@
 """FacT, Factor-Tuning (Jie & Deng, AAAI 2023), as a PEFT method. Importing this package registers it with PEFT."""
 
+from .adapter.adapter import Adapter
+from .adapter.config import FacTConfig
 from .converters.conversion import convert_checkpoint, convert_from
+from .operations.gradient_start import initialize_from_gradients
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
 from .operations.parameter_groups import parameter_groups
@@ -9,13 +12,14 @@ from .operations.straight_through import StraightThrough, StraightThroughCallbac
 from .serving.pool import AdapterPool
 from .serving.prediction import Prediction
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
-from .tuner.config import FacTConfig
+from .tuner.combination import weighted_sum
 from .tuner.layer import FacTLinear
 from .tuner.model import FacTModel
-from .tuner.registration import register
+from .upstream import register
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adapter",
     "AdapterPool",
     "FacTConfig",
     "FacTLinear",
@@ -27,12 +31,14 @@ __all__ = [
     "convert_from",
     "convert_to_lora",
     "hotswap_adapter",
+    "initialize_from_gradients",
     "load_image_classifier",
     "parameter_groups",
     "push_image_classifier",
     "quantize_adapter",
     "save_as_lora",
     "save_image_classifier",
+    "weighted_sum",
 ]
 
 register(FacTConfig, FacTModel)

@@ -1,61 +1,87 @@
-"""``python -m fact_peft ADAPTER``: print what a saved adapter holds, and draw where it acts.
+"""``python -m fact_peft``: show, convert, merge and export adapters. ``--help`` lists the commands."""
 
-``python -m fact_peft convert FILE OUT --from DONOR``: a checkpoint of another implementation of FacT as an adapter.
-"""
+from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from .converters.conversion import DONORS, convert_checkpoint
-from .operations.inspection import describe, draw_increments, increment_norms, read_adapter
-from .storage.quoting import for_terminal
-
-CONVERT = "convert"
+from .adapter.adapter import Adapter
+from .adapter.names import for_terminal
+from .converters.conversion import FORMATS, convert_checkpoint
+from .operations.export import export_onnx
+from .operations.inspection import describe, draw_increments
+from .sharing.classifier import load_image_classifier
 
 
 def main() -> None:
+    arguments = parser().parse_args()
     try:
-        if sys.argv[1:2] == [CONVERT]:
-            convert(sys.argv[2:])
-        else:
-            inspect(sys.argv[1:])
+        arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
         line = " ".join(str(error).split())
         raise SystemExit(for_terminal(f"python -m fact_peft: {line or type(error).__name__}")) from error
 
 
-def inspect(arguments: list[str]) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fact_peft",
-        description="Print what a saved FacT adapter holds.",
-        epilog=f"python -m fact_peft {CONVERT} --help: make one from a checkpoint of another implementation of FacT.",
+        prog="python -m fact_peft", description="Show, convert, merge and export adapters."
     )
-    parser.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
-    parser.add_argument("--map", type=Path, metavar="PNG", help="draw ||dW|| by block and matrix to this file")
-    asked = parser.parse_args(arguments)
-    adapter = read_adapter(asked.adapter)
-    print(describe(adapter))
-    if asked.map:
-        draw_increments(increment_norms(adapter), asked.map)
-        print(f"map         {asked.map}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
+    command = commands.add_parser("show", help="print what a saved adapter holds")
+    command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
+    command.add_argument("--map", type=Path, metavar="PNG", help="draw ||dW|| by block and matrix to this file")
+    command.set_defaults(run=show)
 
-def convert(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m fact_peft {CONVERT}",
-        description="Convert a checkpoint of another implementation of FacT to an adapter, exactly.",
-    )
-    parser.add_argument("file", help="the checkpoint; pickles are read as tensors alone")
-    parser.add_argument("out", help="folder of the adapter to write")
-    parser.add_argument("--from", dest="donor", required=True, choices=DONORS, help="whose checkpoint it is")
-    parser.add_argument("--scale", type=float, help="the factor s of the run, where the donor does not store it")
-    parser.add_argument(
+    command = commands.add_parser("convert", help="convert a checkpoint of another implementation of FacT, exactly")
+    command.add_argument("file", help="the checkpoint; pickles are read as tensors alone")
+    command.add_argument("out", help="folder of the adapter to write")
+    command.add_argument("--from", dest="source_format", required=True, choices=FORMATS, help="which implementation")
+    command.add_argument("--scale", type=float, help="the factor s of the run, where the checkpoint does not store it")
+    command.add_argument(
         "--leave-out", nargs="+", default=[], metavar="WORD", help="drop tensors with such a word in their names"
     )
-    asked = parser.parse_args(arguments)
-    convert_checkpoint(asked.file, asked.out, asked.donor, asked.scale, asked.leave_out)
-    print(describe(read_adapter(asked.out)))
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("merge", help="save base model and adapter as one plain transformers model")
+    command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
+    command.add_argument("out", type=Path, help="folder of the model to write")
+    command.add_argument("--base-model", help="name or folder of the base model, if not the one the adapter names")
+    command.set_defaults(run=merge)
+
+    command = commands.add_parser("export", help="save base model and adapter as one ONNX file")
+    command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
+    command.add_argument("out", type=Path, help="the .onnx file to write")
+    command.add_argument("--base-model", help="name or folder of the base model, if not the one the adapter names")
+    command.set_defaults(run=export)
+    return parser
+
+
+def show(arguments: argparse.Namespace) -> None:
+    adapter = Adapter.read(arguments.adapter)
+    folder = Path(arguments.adapter)
+    print(describe(adapter, folder if folder.is_dir() else None))
+    if arguments.map:
+        draw_increments(adapter.increment_norms(), arguments.map)
+        print(f"map         {arguments.map}")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    convert_checkpoint(arguments.file, arguments.out, arguments.source_format, arguments.scale, arguments.leave_out)
+    print(describe(Adapter.read(arguments.out), Path(arguments.out)))
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    model, image_processor = load_image_classifier(arguments.adapter, base_model=arguments.base_model)
+    model.merge_and_unload(safe_merge=True).save_pretrained(arguments.out)
+    image_processor.save_pretrained(arguments.out)
+    print(f"merged model  {arguments.out}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    model, image_processor = load_image_classifier(arguments.adapter, base_model=arguments.base_model)
+    export_onnx(model.merge_and_unload(safe_merge=True), image_processor, arguments.out)
+    print(f"ONNX model  {arguments.out}")
 
 
 if __name__ == "__main__":

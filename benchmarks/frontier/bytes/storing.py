@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.frontier.search import is_head
-from fact_peft import FacTConfig, quantize_adapter
+from fact_peft import Adapter, FacTConfig, quantize_adapter
+from fact_peft.adapter.packing import pack, rounded, unpack
+from fact_peft.adapter.storage import bits_of
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
 from fact_peft.operations.straight_through import stacks_of
-from fact_peft.storage.packing import pack, rounded, unpack
-from fact_peft.tuner.config import bits_of
 
 AS_TRAINED, ORTHOGONALIZED = "as trained", "orthogonalized"
 
@@ -49,8 +49,9 @@ def store_fact(model: PeftModel, storage: str, head_storage: str, form: str) -> 
 def bytes_of_saved(model: PeftModel) -> dict[str, int]:
     """Bytes of a FacT adapter on disk, by part."""
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        taken = task_bytes(Path(folder))
+        adapter = Adapter.of(model)
+        adapter.write(folder)
+        taken = task_bytes(adapter, Path(folder))
     return {"bytes": taken.total, **vars(taken)}
 
 

@@ -1,9 +1,8 @@
 """The authors' own code: ``FacT/fact_tt.py`` and ``FacT/fact_tk.py`` of github.com/JieShibo/PETL-ViT, on timm's ViT.
 
-One U and V; in every block a core each for q, k, v and proj, and four each for fc1 and fc2. In the Tucker script the
-cores of the MLP are reshaped without naming axes, so that slices and ranks interleave, and the paper's P and C cannot
-express them. They are r x r cores all the same, one for each slice: a Tucker checkpoint becomes a tensor-train adapter
-with the very increments that it has there.
+There is one U and V. In every block q, k, v and proj have one core each, fc1 and fc2 four each. The Tucker script
+reshapes the cores of the MLP so that slices and ranks interleave, which the paper's P and C cannot express. There is
+still one r x r core for each slice, so a Tucker checkpoint becomes a tensor-train adapter with the same increments.
 """
 
 from __future__ import annotations
@@ -11,21 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .assembly import DonatedLayer, cores_of
-from .checkpoint import take, take_below
+from .assembly import SourceLayer, cores_of, take, take_below
 
-# What in their scripts is typed in: the MLP is four times as wide as the token stream, 4 + 4 + 4 slices in a block.
+# Constants of their scripts: the MLP is four times as wide as the token stream, and a block has 4 + 4 + 4 slices.
 EXPANSION = 4
 SLICES_PER_BLOCK = 12
 
 
-def read_authors(tensors: dict[str, Tensor]) -> tuple[dict[str, DonatedLayer], dict[str, Tensor]]:
+def read_authors(tensors: dict[str, Tensor]) -> tuple[dict[str, SourceLayer], dict[str, Tensor]]:
     """Layers and heads of a checkpoint; what is read is taken out of `tensors`."""
     if "FacTp" in tensors:
         tensors.update(tensor_train_cores(take(tensors, "FacTc"), take(tensors, "FacTp")))
     U, V = take(tensors, "FacTu.weight").t(), take(tensors, "FacTv.weight")
     width = U.shape[0]
-    layers = {}
+    layers: dict[str, SourceLayer] = {}
     index = 0
     while index == 0 or f"blocks.{index}.attn.q_FacTs.weight" in tensors:
         block = f"blocks.{index}"
@@ -38,13 +36,13 @@ def read_authors(tensors: dict[str, Tensor]) -> tuple[dict[str, DonatedLayer], d
             ("mlp.fc1", width, EXPANSION * width, fc1),
             ("mlp.fc2", EXPANSION * width, width, fc2),
         ):
-            layers[f"{block}.{name}"] = DonatedLayer(in_features, out_features, U, V, cores_of(weight))
+            layers[f"{block}.{name}"] = SourceLayer(in_features, out_features, U, V, cores_of(weight))
         index += 1
     return layers, take_below(tensors, "head", "head_dist")
 
 
 def tensor_train_cores(C: Tensor, P: Tensor) -> dict[str, Tensor]:
-    """The weights of the tensor-train script that have the increments of the Tucker one.
+    """The cores of a Tucker checkpoint under the names and in the shapes of the tensor-train script.
 
     Args:
         C: ``FacTc`` (r, r, r), whose last axis is mixed.
@@ -58,7 +56,7 @@ def tensor_train_cores(C: Tensor, P: Tensor) -> dict[str, Tensor]:
         block = f"blocks.{index}"
         for name, core in zip(("q", "k", "v", "proj"), attention.unbind(2), strict=True):
             weights[f"{block}.attn.{name}_FacTs.weight"] = core.t()
-        # As in their script: the axes that are merged here are one of the core and that of the slices.
+        # As in their script, an axis of the core is merged with that of the slices.
         weights[f"{block}.mlp.fc1_FacTs.weight"] = up.reshape(rank, EXPANSION * rank).t()
         weights[f"{block}.mlp.fc2_FacTs.weight"] = down.reshape(rank, EXPANSION * rank)
     return weights

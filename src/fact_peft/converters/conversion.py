@@ -3,82 +3,109 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..storage.adapter_file import write_adapter
-from ..tuner.config import FacTConfig
-from .assembly import DonatedLayer, Share, assemble
+from ..adapter.adapter import Adapter
+from ..adapter.config import FacTConfig
+from .assembly import Share, SourceLayer, assemble
 from .authors import read_authors
-from .checkpoint import read_checkpoint
-from .ma_sam import read_ma_sam
-from .micro_sam import read_micro_sam
+from .sam import read_ma_sam, read_micro_sam
 
 
 @dataclass(frozen=True)
-class Donor:
-    """Another implementation of FacT.
+class SourceFormat:
+    """How another implementation of FacT saves its checkpoints.
 
     Attributes:
-        read: Layers and heads of a checkpoint, which it takes out of the tensors that it is given.
-        scale: The factor s that it always computes with; None if that is an argument of its runs.
-        share: Who shares U and V there, as `FacTConfig.share`.
-        state: Where its checkpoints have the tensors, unless they are all that there is.
+        read: Returns layers and heads of a checkpoint, and removes from its tensors what it has read.
+        scale: The factor s, if the implementation has a fixed one; None if every run has its own.
+        share: Which layers share U and V, as `FacTConfig.share`.
+        state: Key of the checkpoint under which the tensors are; empty if they are at its top.
     """
 
-    read: Callable[[dict[str, Tensor]], tuple[dict[str, DonatedLayer], dict[str, Tensor]]]
+    read: Callable[[dict[str, Tensor]], tuple[dict[str, SourceLayer], dict[str, Tensor]]]
     scale: float | None = None
     share: Share = "model"
     state: str = ""
 
 
-DONORS = {
-    "authors": Donor(read_authors),
-    "ma-sam": Donor(read_ma_sam),
-    "micro-sam": Donor(read_micro_sam, scale=1.0, share="block", state="model_state"),
+FORMATS = {
+    "authors": SourceFormat(read_authors),
+    "ma-sam": SourceFormat(read_ma_sam),
+    "micro-sam": SourceFormat(read_micro_sam, scale=1.0, share="block", state="model_state"),
 }
-# What a training saves beside the state of its model to go on from there; a second model is not part of that.
-STATES_OF_TRAINING = {"init", "optimizer_state", "scheduler_state", "scaler_state"}
-NOTES = {"iteration", "epoch", "best_epoch", "best_metric", "current_metric", "train_time", "timestamp"}
+# What a trainer saves beside the model to resume. The state of a second model is none of it, and is refused by name.
+NOT_OF_THE_MODEL = {
+    *("init", "optimizer_state", "scheduler_state", "scaler_state"),
+    *("iteration", "epoch", "best_epoch", "best_metric", "current_metric", "train_time", "timestamp"),
+}
+
+
+def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The contents of a ``torch.save`` or safetensors file. Code in a pickle is never run.
+
+    Raises:
+        ValueError: If the file is missing, damaged, not a mapping from names, or holds more than plain data.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"file={str(file)!r} does not exist; pass the checkpoint that the other code saved.")
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors alone: it is damaged, or its pickle holds objects of other code, which "
+            "is never run here. If you trust the file, load it in the code that made it and save its tensors by name, "
+            'such as torch.save(checkpoint["model_state"], ...).'
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a mapping from names to tensors is needed.")
+    return content
 
 
 def convert_from(
-    donor: str, checkpoint: Mapping[str, Any], scale: float | None = None, leave_out: Iterable[str] = ()
+    source_format: str, checkpoint: Mapping[str, Any], scale: float | None = None, leave_out: Iterable[str] = ()
 ) -> tuple[FacTConfig, dict[str, Tensor]]:
-    """A checkpoint of another implementation of FacT as an adapter with the same increments, exactly.
+    """Convert a checkpoint of another implementation of FacT to an adapter with the same increments, exactly.
 
     Args:
-        donor: Whose: ``"authors"``, ``"ma-sam"`` or ``"micro-sam"``.
-        checkpoint: Tensors by name, as the donor saves them.
-        scale: The factor s of the run, which no checkpoint stores; not for ``"micro-sam"``, which has none.
-        leave_out: Tensors that have one of these in their name are left out knowingly, such as ``".adapter_"``.
+        source_format: Which implementation: ``"authors"``, ``"ma-sam"`` or ``"micro-sam"``.
+        checkpoint: Tensors by name, as that implementation saves them.
+        scale: The factor s of the run, which no checkpoint stores. Leave it out for ``"micro-sam"``, which has none.
+        leave_out: Parts of names, such as ``".adapter_"``. Tensors whose name contains one are dropped.
 
     Returns:
         The config, and the state dict as `set_peft_model_state_dict` takes it.
 
     Raises:
-        ValueError: If the donor is unknown, the scale is missing or one too many, or the checkpoint has other tensors
-            or shapes than the donor saves; those that an adapter cannot hold are named.
+        ValueError: If the format is unknown, the scale is missing or superfluous, or the checkpoint has other tensors
+            or shapes than the implementation saves. Tensors that an adapter cannot hold are named.
     """
-    if donor not in DONORS:
-        raise ValueError(f"donor={donor!r} is unknown; choose one of {', '.join(map(repr, DONORS))}.")
-    known = DONORS[donor]
+    if source_format not in FORMATS:
+        raise ValueError(f"source_format={source_format!r} is unknown; choose one of {', '.join(map(repr, FORMATS))}.")
+    known = FORMATS[source_format]
     if known.scale is not None and scale not in (None, known.scale):
-        raise ValueError(f"scale={scale!r}, but {donor!r} always computes with {known.scale:g}; leave it out.")
+        raise ValueError(f"scale={scale!r}, but {source_format!r} always computes with {known.scale:g}; leave it out.")
     scale = known.scale if scale is None else scale
     if scale is None:
         raise ValueError(
-            f"A checkpoint of {donor!r} does not say with which scale it was trained; pass scale=s, the argument of "
-            "that run (for the authors' the value in configs/, for MA-SAM 1 by default)."
+            f"A checkpoint of {source_format!r} does not say with which scale it was trained; pass scale=s, the "
+            "argument of that run (for the authors' the value in configs/, for MA-SAM 1 by default)."
         )
     words = [leave_out] if isinstance(leave_out, str) else list(leave_out)
     entries = dict(checkpoint)
     if known.state in entries:
-        beside = entries.keys() - {known.state} - STATES_OF_TRAINING - NOTES
-        entries = {**entries[known.state], **{name: entries[name] for name in sorted(beside)}}
+        entries = {**entries.pop(known.state), **{k: v for k, v in entries.items() if k not in NOT_OF_THE_MODEL}}
     tensors = {name: tensor for name, tensor in entries.items() if not any(word in name for word in words)}
     layers, heads = known.read(tensors)
     if tensors:
@@ -91,17 +118,26 @@ def convert_from(
 
 def convert_checkpoint(
     file: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    donor: str,
+    folder: str | os.PathLike[str],
+    source_format: str,
     scale: float | None = None,
     leave_out: Iterable[str] = (),
 ) -> FacTConfig:
-    """`convert_from` a file to an adapter folder, which ``PeftModel.from_pretrained`` loads; returns its config.
+    """Convert a file as `convert_from` does, and save the adapter for ``PeftModel.from_pretrained``.
+
+    Args:
+        file: A ``torch.save`` or safetensors file. Code in a pickle is never run.
+        folder: Folder of the adapter to write.
+        source_format: As of `convert_from`.
+        scale: As of `convert_from`.
+        leave_out: As of `convert_from`.
+
+    Returns:
+        The config of the adapter.
 
     Raises:
-        ValueError: As `convert_from`, or if the file is damaged or its pickle holds more than plain data. Nothing is
-            written then.
+        ValueError: As `convert_from`, or if the file is damaged or holds more than plain data. Nothing is written then.
     """
-    config, state_dict = convert_from(donor, read_checkpoint(file), scale, leave_out)
-    write_adapter(out, config, state_dict)
+    config, state_dict = convert_from(source_format, read_checkpoint(file), scale, leave_out)
+    Adapter.from_state_dict(config, state_dict, str(file)).write(folder)
     return config

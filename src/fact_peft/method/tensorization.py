@@ -9,9 +9,9 @@ of its shape.
 The order of the slices in a stack is the order of the layers in the model, and within a layer row-major over
 (input block, output block).
 
-Of a layer that makes queries, keys and values in one, its outputs q, k and v one behind the other, a part may be left
-out: then only the output blocks of the others have slices. And where blocks share nothing (``share="block"``), the
-slices of every transformer block are stacks of their own.
+A layer may make queries, keys and values in one: its outputs are those of q, then of k, then of v. If only some of the
+three are adapted, only their output blocks have slices. With ``share="block"`` every transformer block has its own
+stacks.
 """
 
 import re
@@ -21,7 +21,7 @@ from functools import lru_cache
 from itertools import groupby
 from types import MappingProxyType
 
-# More than any model has. What a few characters of a layout can list would fill the memory.
+# More than any model has. A layout of a few characters could otherwise list more layers than fit into memory.
 MAX_LAYERS = 100_000
 # The parts of a layer that makes queries, keys and values in one, in the order of its outputs.
 PARTS = "qkv"
@@ -33,8 +33,8 @@ class Slices:
     """The slices of one linear layer.
 
     Attributes:
-        stack: Name of the stack that holds them, the shape of its slices, such as ``"768x768"``; behind it the block if
-            blocks share nothing, such as ``"768x768@blocks-3"``.
+        stack: Name of the stack that holds them: the shape of its slices, such as ``"768x768"``, and with
+            ``share="block"`` also the block, such as ``"768x768@blocks-3"``.
         in_width: Inputs of one slice.
         out_width: Outputs of one slice.
         first: Position of the layer's first slice in the stack.
@@ -98,8 +98,8 @@ def tensorize(
         The slices by layer name, in the same order.
 
     Raises:
-        ValueError: If the slices of a layer of which a part is wanted do not fall into three parts; or if there is a
-            stack for every block, and a layer is in none, or two blocks are of one name but for dots and dashes.
+        ValueError: If the slices of a layer in `parts` do not divide into q, k and v; or if every block has its own
+            stacks, and a layer is in no block, or the names of two blocks differ in dots and dashes only.
     """
     stack_sizes: dict[str, int] = {}
     blocks: dict[str, str] = {}
@@ -136,12 +136,18 @@ def tensorize(
 
 @lru_cache(maxsize=8)
 def slices_of(layout: tuple[str, ...], share: str = "model") -> Mapping[str, Slices]:
-    """The slices by layer name of a layout that `describe_layout` wrote; kept, since thousands of adapters share one.
+    """The slices by layer name of a layout from `describe_layout`, cached since thousands of adapters share one.
 
     Raises:
         ValueError: As `read_layout` and `tensorize`.
     """
     return MappingProxyType(tensorize(*read_layout(layout), share))
+
+
+def split_stack(stack: str) -> tuple[str, str]:
+    """The shape of the slices in a stack's name, and the block with dashes for dots; empty if blocks share stacks."""
+    shape, _, block = stack.partition("@")
+    return shape, block
 
 
 def stack_sizes(slices: Iterable[Slices]) -> dict[str, int]:
@@ -164,10 +170,10 @@ def split_at_block(name: str) -> tuple[str, str, str]:
 
 
 def block_of(name: str) -> str:
-    """Name of the transformer block that a layer lies in, by the layer's own name; empty if it lies in none.
+    """Name of the transformer block of a layer, read from the layer's own name; empty if there is none.
 
-    That is where the name has its last index, as in ``blocks.3.attn.qkv``; or, without one, a part that ends in a
-    digit, as in torchvision's ``encoder_layer_3.self_attention.in_proj``.
+    It ends with the last index in the name, as in ``blocks.3.attn.qkv``; without an index, with the last part that ends
+    in a digit, as in torchvision's ``encoder_layer_3.self_attention.in_proj``.
     """
     container, index, _ = split_at_block(name)
     numbered = re.fullmatch(r"(.*\d)\.(.*?\D.*)", name)
@@ -175,12 +181,12 @@ def block_of(name: str) -> str:
 
 
 def describe_layout(linear_shapes: Mapping[str, tuple[int, int]], parts: Mapping[str, str] = WHOLE) -> list[str]:
-    """Write down which layers a set of stacks was built from, in order and compactly.
+    """Describe which layers a set of stacks was built from, in order.
 
-    Equal blocks in a row share one line, so twelve blocks of a ViT read
-    ``"vit.layers.0-11: attention.q_proj 768x768, ..., mlp.fc1 768x3072, mlp.fc2 3072x768"``, and where of a fused
-    layer q and v have slices, ``"attn.qkv 768x2304[qv/qkv]"``. Two models get the same description exactly when every
-    slice belongs to the same layer in both; `read_layout` takes it back. Arguments as of `tensorize`.
+    Equal consecutive blocks share one line, so twelve blocks of a ViT read
+    ``"vit.layers.0-11: attention.q_proj 768x768, ..., mlp.fc1 768x3072, mlp.fc2 3072x768"``. A fused layer of which
+    only q and v are adapted reads ``"attn.qkv 768x2304[qv/qkv]"``. Two models get the same description exactly when
+    every slice belongs to the same layer in both. `read_layout` is the inverse. Arguments as of `tensorize`.
     """
     located = []
     for name, (in_features, out_features) in linear_shapes.items():
@@ -207,7 +213,7 @@ def describe_layout(linear_shapes: Mapping[str, tuple[int, int]], parts: Mapping
 
 
 def read_layout(lines: Iterable[str]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """What `describe_layout` wrote down: (in_features, out_features) by layer name, in order, and the parts by name.
+    """The inverse of `describe_layout`: (in_features, out_features) by layer name, in order, and the parts by name.
 
     Raises:
         ValueError: If a line is of another form, a layer is listed twice, or there are more than `MAX_LAYERS`.

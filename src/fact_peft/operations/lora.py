@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from torch import Tensor, nn
 
+from ..adapter.adapter import Adapter
+from ..adapter.files import replacing_files, write_files
+from ..adapter.validation import PREFIX
 from ..architecture.multihead import IN_PROJ
-from ..storage.adapter_file import write_adapter
-from ..tuner.config import fact_config, stored_as
 from ..tuner.layer import FacTLinear
 
-PREFIX = "base_model.model."
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -70,17 +70,14 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
     Raises:
         ValueError: If the model has no such FacT adapter, or it has an output projection of ``nn.MultiheadAttention``.
     """
-    config = fact_config(model, adapter_name)
+    adapter = Adapter.of(model, adapter_name)
+    config = adapter.config
     pairs = {
         name.removeprefix(PREFIX): layer.low_rank_pair(adapter_name)
         for name, layer in model.named_modules()
         if isinstance(layer, FacTLinear) and adapter_name in layer.fact_slices
     }
-    with stored_as(config, None):
-        state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    state_dict = {
-        PREFIX + name.removeprefix(PREFIX): value for name, value in state_dict.items() if ".fact_" not in name
-    }
+    state_dict = {f"{PREFIX}{name}": value for name, value in adapter.others.items()}
     attentions = adapted_attentions(model, pairs)
     targets = [name for name in pairs if name.rpartition(".")[0] not in attentions] + list(attentions)
     for name in attentions:
@@ -104,11 +101,17 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
     return lora_config, state_dict
 
 
-def save_as_lora(path: str | os.PathLike[str], model: nn.Module, adapter_name: str = "default") -> None:
+def save_as_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Save a FacT adapter as a LoRA adapter that ``PeftModel.from_pretrained`` loads without fact_peft.
+
+    Args:
+        model: A `PeftModel`, or a model with injected FacT layers.
+        folder: Where to save. Files of an adapter that lie there are replaced.
+        adapter_name: The adapter to convert.
 
     Raises:
         ValueError: As `convert_to_lora`.
     """
     lora_config, state_dict = convert_to_lora(model, adapter_name)
-    write_adapter(path, lora_config, state_dict)
+    with replacing_files(folder) as staging:
+        write_files(staging, lora_config, state_dict)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from ..tuner.config import fact_config, stored_as
+from ..adapter.adapter import Adapter
+from ..adapter.config import fact_config
 
 
 @torch.no_grad()
@@ -15,7 +15,7 @@ def quantize_adapter(
 ) -> None:
     """Round an adapter in place to what is saved in a storage, and have it be saved so.
 
-    What is measured afterwards is what a file gives that is saved then, and loaded anywhere.
+    A metric that is measured afterwards is that of the saved file, wherever it is loaded.
 
     Args:
         model: A `PeftModel`, or a model with injected FacT layers.
@@ -28,7 +28,6 @@ def quantize_adapter(
             is then as it was.
     """
     config = fact_config(model, adapter_name)
-    with stored_as(config, storage, head_storage):
-        stored = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        set_peft_model_state_dict(model, stored, adapter_name=adapter_name)
+    adapter = Adapter.of(model, adapter_name).replace(storage=storage, head_storage=head_storage)
+    Adapter.from_state_dict(adapter.config, adapter.stored()).fill(model, adapter_name)
     config.storage, config.head_storage = storage, head_storage

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..storage.packing import rounded
-from ..tuner.config import bits_of, fact_config
+from ..adapter.config import fact_config
+from ..adapter.packing import rounded
+from ..adapter.storage import to_storage
 from ..tuner.factors import FacTStack
 from ..tuner.head import FacTHead
-from ..tuner.stored import before_rounding, to_storage
 
 
 class StraightThrough:
@@ -21,14 +21,13 @@ class StraightThrough:
 
     The gradient at the rounded numbers is taken for that at the exact ones (straight-through estimator; Bengio, Leonard
     and Courville 2013, arXiv 1308.3432). Between steps, so also when the model is evaluated or saved, it holds the
-    rounded numbers.
+    rounded numbers. What somebody else writes then, as loading a state dict or a hot-swap does, is trained on as it is.
 
         StraightThrough(model, optimizer, "int4")  # in a loop of one's own, before the last epochs
 
     Args:
         model: A `PeftModel`, or a model with injected FacT layers; under DDP the module inside.
-        optimizer: Of torch, or accelerate's around it. Its state of factors that are written in another form for
-            rounding starts anew.
+        optimizer: Of torch, or accelerate's around it.
         storage: As `FacTConfig.storage`, where it is noted.
         head_storage: As `FacTConfig.head_storage`.
         adapter_name: The adapter.
@@ -48,7 +47,7 @@ class StraightThrough:
         config = fact_config(model, adapter_name)
         settled = replace(config, storage=storage, head_storage=head_storage)  # for its checks
         stacks = [stack.factors(adapter_name) for stack in stacks_of(model, adapter_name)]
-        self._storages: dict[nn.Parameter, str | None] = {
+        self._storages: dict[Tensor, str | None] = {
             **{parameter: storage for factors in stacks for parameter in factors.values()},
             **{parameter: settled.storage_of_heads for parameter in head_parameters(model, adapter_name)},
         }
@@ -59,16 +58,9 @@ class StraightThrough:
             )
         config.storage, config.head_storage = storage, head_storage
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        bits = bits_of(storage)
         with torch.no_grad():
-            for factors in stacks:
-                form = before_rounding(config, factors, bits) if bits else factors
-                for letter, parameter in factors.items():
-                    changed = form[letter].to(parameter)
-                    if not torch.equal(changed, parameter):
-                        parameter.copy_(changed)
-                        optimizer.state.pop(parameter, None)
             self._exact = {parameter: parameter.detach().clone() for parameter in self._storages}
+            self._rounded: dict[Tensor, Tensor] = {}
             self._round()
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -83,7 +75,8 @@ class StraightThrough:
     @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
         for parameter, exact in self._exact.items():
-            parameter.copy_(exact)
+            if torch.equal(parameter, self._rounded[parameter].to(parameter)):
+                parameter.copy_(exact)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
@@ -94,11 +87,12 @@ class StraightThrough:
     def _round(self) -> None:
         for parameter, storage in self._storages.items():
             parameter.copy_(to_storage("parameter", parameter, storage, packing=rounded))
+            self._rounded[parameter] = parameter.detach().clone()
 
 
 def stacks_of(model: nn.Module, adapter_name: str) -> list[FacTStack]:
     """The stacks that an adapter has factors in."""
-    return [m for m in model.modules() if isinstance(m, FacTStack) and adapter_name in m.fact_config]
+    return [m for m in model.modules() if isinstance(m, FacTStack) and adapter_name in m.fact_U]
 
 
 def head_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:

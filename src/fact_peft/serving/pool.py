@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.adapter import Adapter
+from ..adapter.config import FacTConfig
 from ..method.fused_linear import autocast_dtype
-from ..operations.inspection import SavedAdapter
-from ..tuner.call import BASE
-from ..tuner.config import FacTConfig
+from ..tuner.batch_axis import check_batch_axis
+from ..tuner.mixed_batch import BASE, calling_with
+from .adapter_cache import AdapterCache
 from .gathering import gather
-from .network import Network, calling_with
+from .pooled_adapter import PooledAdapter, increment_norms, pooled, read
+from .pooled_model import PooledModel
 from .prediction import Prediction
-from .shelf import Shelf
-from .version import Version, checked, increment_norms, read
 
-Source = str | Path | SavedAdapter | tuple[FacTConfig, dict[str, Tensor]]
+Source = str | Path | Adapter | tuple[FacTConfig, dict[str, Tensor]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,12 +55,12 @@ class AdapterPool:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype} is none of {', '.join(map(str, DTYPES))}.")
-        self.network = Network(vit)
+        self.model = PooledModel(vit)
         self.dtype = dtype
-        self._run: Any = self.network.module
+        self._run: Any = self.model.module
         self._lock = Lock()  # of the two below
-        self._shelf = Shelf(self.network.reference.device, device_capacity, host_capacity, spill_folder)
-        self._versions: dict[str, Version] = {}
+        self._cache = AdapterCache(self.model.reference.device, device_capacity, host_capacity, spill_folder)
+        self._versions: dict[str, PooledAdapter] = {}
         self._loads = 0
 
     def load(self, name: str, source: Source, *, revision: str | None = None, token: str | bool | None = None) -> None:
@@ -67,7 +68,7 @@ class AdapterPool:
 
         Args:
             name: What calls will ask for.
-            source: Folder, name on the Hub, or from memory a `SavedAdapter` or a config with what
+            source: Folder, name on the Hub, or from memory a `Adapter` or a config with what
                 `get_peft_model_state_dict` gives.
             revision: Branch, tag or commit on the Hub.
             token: Hub token.
@@ -78,13 +79,13 @@ class AdapterPool:
         """
         if not isinstance(name, str) or not name or name == BASE:
             raise ValueError(f"name={name!r} cannot name an adapter; pass a string that is not empty nor {BASE!r}.")
-        version, vector = checked(name, read(source, revision, token), self.network, self.dtype)
+        version, vector = pooled(name, read(source, revision, token), self.model, self.dtype)
         with self._lock:
-            self._shelf.put(version, vector)
+            self._cache.put(version, vector)
             earlier = self._versions.get(name)
             self._versions[name] = version
             if earlier is not None:
-                self._shelf.drop(earlier)
+                self._cache.drop(earlier)
             self._loads += 1
 
     def unload(self, name: str) -> None:
@@ -94,7 +95,7 @@ class AdapterPool:
             ValueError: If there is none of this name.
         """
         with self._lock:
-            self._shelf.drop(self._version(name))
+            self._cache.drop(self._version(name))
             del self._versions[name]
 
     def __contains__(self, name: object) -> bool:
@@ -112,7 +113,7 @@ class AdapterPool:
         """How many adapters are ``resident`` on the device, in ``host`` memory and on ``disk``, the ``bytes`` of those
         in memory, and since the beginning ``evictions`` from the device and ``loads``."""
         with self._lock:
-            return {**self._shelf.stats(), "loads": self._loads}
+            return {**self._cache.stats(), "loads": self._loads}
 
     def increment_norms(self, name: str) -> dict[str, float]:
         """Frobenius norm of an adapter's dW, scale included, by layer name: where it acts.
@@ -122,13 +123,13 @@ class AdapterPool:
         """
         with self._lock:
             version = self._version(name)
-            vector = self._shelf.take(version)
+            vector = self._cache.take(version)
         return increment_norms(version, vector)
 
     def compile(self, **options: Any) -> None:
         """Compile the model with ``torch.compile``. Other adapters do not compile it again; a rank or a number of
         labels beyond the next power of two, and another batch size, may."""
-        self._run = torch.compile(self.network.module, **options)
+        self._run = torch.compile(self.model.module, **options)
 
     @torch.no_grad()
     def __call__(
@@ -163,23 +164,26 @@ class AdapterPool:
         """One prediction for each pair of image and adapter."""
         with self._lock:
             versions = [None if name is None else self._version(name) for _, name in asked]
-            owners = [None if version is None else (version, self._shelf.take(version)) for version in versions]
+            owners = [None if version is None else (version, self._cache.take(version)) for version in versions]
         rows = [image for image, _ in asked]
         if rows != list(range(len(pixel_values))):
             pixel_values = pixel_values[torch.tensor(rows, device=pixel_values.device)]
-        dtype = autocast_dtype(pixel_values) or self.network.reference.dtype
-        with calling_with(gather(owners, self.network, dtype) if any(owners) else None):
+        dtype = autocast_dtype(pixel_values) or self.model.reference.dtype
+        batch = gather(owners, self.model, dtype) if any(owners) else None
+        if batch is not None:
+            check_batch_axis(self.model.module, batch, (pixel_values,), {})
+        with calling_with(batch):
             output = self._run(pixel_values)
-        # Cloned, since a compiled network may write its next output into the same memory.
+        # Cloned, since a compiled model may write its next output into the same memory.
         logits = (output if isinstance(output, Tensor) else output.logits).clone()
         predictions = []
         for (_, name), version, scores in zip(asked, versions, logits, strict=True):
-            num_labels = self.network.num_labels if version is None else version.num_labels
-            labels = self.network.labels if version is None else version.labels
+            num_labels = self.model.num_labels if version is None else version.num_labels
+            labels = self.model.labels if version is None else version.labels
             predictions.append(Prediction(name, scores[:num_labels], labels))
         return predictions
 
-    def _version(self, name: str) -> Version:
+    def _version(self, name: str) -> PooledAdapter:
         if name not in self._versions:
             raise ValueError(f"There is no adapter {name!r} in the pool; load it first.")
         return self._versions[name]

@@ -8,8 +8,8 @@ from typing import Any
 import transformers
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..architecture.labels import label_settings
-from ..tuner.config import FacTConfig
+from ..adapter.config import FacTConfig
+from ..architecture.heads import label_settings
 
 
 def base_class(config: FacTConfig) -> Any:

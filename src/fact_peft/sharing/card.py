@@ -6,15 +6,12 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ..adapter.adapter import Adapter
+from ..adapter.config import FacTConfig
+from ..adapter.names import as_code, for_markdown, for_python, is_hub_id
 from ..method.decomposition import DECOMPOSITIONS
 from ..operations.inspection import storage_in_words, task_bytes
-from ..storage.adapter_file import read_tensors
-from ..storage.hub import is_hub_id
-from ..storage.quoting import as_code, for_markdown, for_python
-from ..tuner.config import FacTConfig
-from ..tuner.stored import from_storage
 from .base_model import base_class
 
 BEGIN = "<!-- begin: written by fact_peft when the adapter is saved; what stands outside is kept -->"
@@ -25,28 +22,27 @@ MAX_LABELS = 100
 CARD = "README.md"
 
 
-def write_model_card(folder: Path, name: str, metrics: dict[str, float] | None = None) -> None:
-    """Write or update ``README.md`` beside a saved adapter.
+def write_model_card(adapter: Adapter, folder: Path, name: str, metrics: dict[str, float] | None = None) -> None:
+    """Write or update ``README.md`` beside an adapter that was written.
 
-    Of a card that exists, everything is kept but the metadata that follow from the adapter and the part between our two
-    comments; a card without them keeps its whole text.
+    Everything in an existing card is kept, except the metadata that follow from the adapter and the part between our
+    two comments. A card without these comments keeps its whole text.
 
     Args:
-        folder: Where ``adapter_config.json`` and ``adapter_model.safetensors`` lie.
+        adapter: The adapter.
+        folder: Where it was written.
         name: What the card calls the adapter and loads it by: its Hub id, or the name of its folder.
         metrics: Results to list, by name.
     """
-    config = FacTConfig.from_pretrained(str(folder))
-    assert isinstance(config, FacTConfig)
     file = folder / CARD
-    section = f"{BEGIN}\n{card_text(config, folder / SAFETENSORS_WEIGHTS_NAME, name, metrics or {})}\n{END}\n"
+    section = f"{BEGIN}\n{card_text(adapter, folder, name, metrics or {})}\n{END}\n"
     card = ModelCard(file.read_text(encoding="utf-8") if file.exists() else "---\n{}\n---\n")
     if not card.text.strip() or BLANK_FORM in card.text:
         card.text = f"\n{section}"
     else:
         card.text = replace_section(card.text, section)
     assert isinstance(card.data, ModelCardData)
-    update_metadata(card.data, config)
+    update_metadata(card.data, adapter.config)
     card.save(file)
 
 
@@ -96,13 +92,12 @@ def update_metadata(data: ModelCardData, config: FacTConfig) -> None:
     data.tags = sorted(tags)
 
 
-def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, float]) -> str:
+def card_text(adapter: Adapter, folder: Path, name: str, metrics: dict[str, float]) -> str:
     """What the adapter is, its labels and results, and the code that loads it, as Markdown.
 
-    Names are those that a user, or somebody else, chose: each is quoted for where it stands.
+    Names that somebody else chose are quoted.
     """
-    in_factors, others = count_parameters(file)
-    taken = task_bytes(file.parent)
+    config, taken = adapter.config, task_bytes(adapter, folder)
     heads = for_markdown(", ".join(config.modules_to_save or []))
     has_base = is_hub_id(config.base_model_name_or_path)
     base = f"[{config.base_model_name_or_path}](https://huggingface.co/{config.base_model_name_or_path})"
@@ -118,12 +113,11 @@ def card_text(config: FacTConfig, file: Path, name: str, metrics: dict[str, floa
         f"| method | {DECOMPOSITIONS[config.decomposition].title} |",
         f"| rank | {config.rank} |",
         f"| U and V are shared by | {'all layers' if config.share == 'model' else 'the layers of each block'} |",
-        f"| scale | {config.scale:g} |",
-        f"| parameters of the factors | {in_factors:,} |",
-        f"| other trained parameters{f' (head: {heads})' if heads else ''} | {others:,} |",
+        f"| scale | {config.scaling:g} |",
+        f"| parameters of the factors | {adapter.num_factor_parameters:,} |",
+        f"| other trained parameters{f' (head: {heads})' if heads else ''} | {adapter.num_other_parameters:,} |",
         f"| stored as | {storage_in_words(config)} |",
-        f"| bytes of {file.name} | {file.stat().st_size:,} |",
-        f"| bytes a task, head and config included | {taken.total:,} |",
+        f"| bytes on disk, head and config included | {taken.total:,} |",
         "",
     ]
     if config.labels:
@@ -170,16 +164,3 @@ def usage(config: FacTConfig, name: str, has_base: bool) -> list[str]:
         f"model = PeftModel.from_pretrained(base, {for_python(name)})",
         "```",
     ]
-
-
-def count_parameters(file: Path) -> tuple[int, int]:
-    """Numbers in an adapter file: (those of the factors, those of head and biases)."""
-    in_factors = others = 0
-    for key, tensor in read_tensors(file):
-        count = from_storage(key, tensor).numel()
-        if ".fact_" in key:
-            in_factors += count
-        # With bias="all", PEFT saves the biases of the head again under the names they have inside its wrapper.
-        elif ".original_module." not in key and ".modules_to_save." not in key:
-            others += count
-    return in_factors, others

@@ -6,17 +6,20 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitInfo, create_repo, hf_hub_download, snapshot_download, upload_folder
+import torch
+from huggingface_hub import CommitInfo, create_repo, hf_hub_download, upload_folder
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from ..architecture.labels import label_settings
-from ..storage.hub import is_hub_id
-from ..storage.replacing import replacing_files
-from ..tuner.config import FacTConfig, fact_config, stored_as
+from ..adapter.adapter import Adapter
+from ..adapter.config import FacTConfig, fact_config
+from ..adapter.files import find_folder, replacing_files
+from ..adapter.names import is_hub_id
+from ..architecture.heads import label_settings
+from ..upstream import accept_in_pipeline
 from .base_model import load_base
 from .card import check_metrics, copy_model_card, write_model_card
 
@@ -34,31 +37,34 @@ def save_image_classifier(
 ) -> None:
     """Save the active adapter of `model` with its head, labels, image processor and a model card.
 
-    What lies in the folder is replaced as a whole: if the process is killed or the disk is full, the folder is as it
-    was, or it is the new one. (PEFT's own ``model.save_pretrained`` writes over the files in place.)
+    Each file is written beside the old one and then renamed, so that a process that is killed, or a full disk, damages
+    none (see `Adapter.write`). Under torch.distributed every process may call this; rank 0 writes.
 
     Args:
         model: A transformers image classifier with a FacT adapter.
-        image_processor: What prepares its images. One of timm cannot be saved; `load_image_classifier` then takes the
-            base model's.
-        folder: Where to save. Of a model card that lies there, what a user wrote is kept.
+        image_processor: What prepares its images.
+        folder: Where to save. What a user wrote into a model card that lies there is kept.
         metrics: Results to list in the model card, such as ``{"accuracy": 0.93}``.
         base_model: Hub id of the base model, if it was not loaded by that.
-        storage: In what to store the factors, such as ``"int8"``, see `FacTConfig`; None: as the adapter's config says.
-            The model stays as it is: `quantize_adapter` rounds it, for metrics of what is saved.
-        head_storage: The same for the head; None: as the config says, which by default is no less than ``"int8"``.
+        storage: Data type of the factors on disk, such as ``"int8"``, see `FacTConfig`; None: as the adapter's config
+            says. The model is not changed: `quantize_adapter` rounds it, for metrics of what is saved.
+        head_storage: The same for the head; None: as the config says, by default at least ``"int8"``.
 
     Raises:
-        ValueError: If the active adapter of `model` is not a FacT adapter, there are several, a metric is no number, or
-            a number of the adapter is not finite. The folder is then as it was.
+        ValueError: If the active adapter of `model` is not a FacT adapter, there are several, `image_processor` cannot
+            be saved, a metric is no number, or a number of the adapter is not finite. The folder is then as it was.
     """
     folder = Path(folder)
     check_metrics(metrics)
-    active_config(model)
-    with replacing_files(folder) as incoming:
-        save_files(model, image_processor, incoming, base_model, storage, head_storage)
-        copy_model_card(folder, incoming)
-        write_model_card(incoming, folder.resolve().name, metrics)
+    check_image_processor(image_processor)
+    adapter = active_adapter(model, base_model, storage, head_storage)
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    with replacing_files(folder) as staging:
+        image_processor.save_pretrained(staging)
+        adapter.write_files(staging)
+        copy_model_card(folder, staging)
+        write_model_card(adapter, staging, folder.resolve().name, metrics)
 
 
 def load_image_classifier(
@@ -82,21 +88,17 @@ def load_image_classifier(
     Raises:
         ValueError: If this is not a FacT adapter, or no base model is known, or the base does not fit the adapter.
     """
-    folder = Path(folder_or_hub_id)
-    if not folder.is_dir():
-        if not is_hub_id(str(folder_or_hub_id)):
-            raise ValueError(f"folder_or_hub_id={str(folder_or_hub_id)!r} is neither a folder nor a name on the Hub.")
-        folder = Path(snapshot_download(str(folder_or_hub_id), revision=revision, token=token, allow_patterns=FILES))
-    config = FacTConfig.from_pretrained(str(folder))
-    if not isinstance(config, FacTConfig):
-        raise ValueError(f"{folder_or_hub_id} is not a FacT adapter but one of {config.peft_type}.")
-    base = base_model if isinstance(base_model, PreTrainedModel) else load_base(config, base_model, token)
+    folder = find_folder(Path(folder_or_hub_id), revision, token, FILES)
+    adapter = Adapter.read(folder)
+    base = base_model if isinstance(base_model, PreTrainedModel) else load_base(adapter.config, base_model, token)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
-    if config.labels:
-        base.config.update(label_settings(config.labels))
-    source = str(folder) if (folder / IMAGE_PROCESSOR_NAME).exists() else base.name_or_path
+    if adapter.config.labels:
+        base.config.update(label_settings(adapter.config.labels))
     accept_in_pipeline()
-    return model, AutoImageProcessor.from_pretrained(source, token=token)
+    if (folder / IMAGE_PROCESSOR_NAME).exists():
+        return model, AutoImageProcessor.from_pretrained(str(folder))
+    revision = None if base_model else adapter.config.revision  # of the base model
+    return model, AutoImageProcessor.from_pretrained(base.name_or_path, token=token, revision=revision)
 
 
 def push_image_classifier(
@@ -131,8 +133,9 @@ def push_image_classifier(
             model is not known by a Hub id. Nothing has been sent then.
     """
     check_metrics(metrics)
-    config = active_config(model)
-    base = base_model or config.base_model_name_or_path
+    check_image_processor(image_processor)
+    adapter = active_adapter(model, base_model, storage, head_storage)
+    base = adapter.config.base_model_name_or_path
     if not is_hub_id(base):
         raise ValueError(
             f"The base model {base!r} is not on the Hub, so nobody else could load this adapter; pass base_model=, the "
@@ -140,44 +143,38 @@ def push_image_classifier(
         )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save_files(model, image_processor, folder, base, storage, head_storage)
+        adapter.write_files(folder)
+        image_processor.save_pretrained(folder)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         try:
             shutil.copyfile(hf_hub_download(repo_id, "README.md", token=token), folder / "README.md")
         except EntryNotFoundError:
             pass
-        write_model_card(folder, repo_id, metrics)
+        write_model_card(adapter, folder, repo_id, metrics)
         return upload_folder(repo_id=repo_id, folder_path=folder, token=token, commit_message=commit_message)
 
 
-def save_files(
-    model: PeftModel,
-    image_processor: BaseImageProcessor,
-    folder: Path,
-    base_model: str | None,
-    storage: str | None,
-    head_storage: str | None,
-) -> None:
-    """Save the active adapter and the image processor into `folder` itself, and no model card.
+def active_adapter(model: PeftModel, base_model: str | None, storage: str | None, head_storage: str | None) -> Adapter:
+    """The active adapter of `model`, with what is to be saved in its config."""
+    config = active_config(model)
+    adapter = Adapter.of(model, model.active_adapter)
+    changes = {"storage": storage or config.storage, "head_storage": head_storage or config.head_storage}
+    if base_model and base_model != adapter.config.base_model_name_or_path:
+        changes |= {"base_model_name_or_path": base_model, "revision": None}
+    return adapter.replace(**changes)
 
-    PEFT would write a card, with local paths in it, and put an adapter that is not called "default" into a subfolder.
+
+def check_image_processor(image_processor: BaseImageProcessor) -> None:
+    """Refuse what cannot be saved, before anything is written.
+
+    Raises:
+        ValueError: If it has no ``save_pretrained``.
     """
-    adapter_name = model.active_adapter
-    config = fact_config(model, adapter_name)
-    with (
-        TemporaryDirectory() as temporary,
-        stored_as(config, storage or config.storage, head_storage or config.head_storage),
-    ):
-        model.save_pretrained(temporary, selected_adapters=[adapter_name])
-        saved = Path(temporary, "" if adapter_name == "default" else adapter_name)
-        if base_model:
-            config = FacTConfig.from_pretrained(str(saved))
-            if base_model != config.base_model_name_or_path:
-                config.base_model_name_or_path, config.revision = base_model, None
-                config.save_pretrained(str(saved))
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            shutil.copyfile(saved / name, folder / name)
-    image_processor.save_pretrained(folder)
+    if not callable(getattr(image_processor, "save_pretrained", None)):
+        raise ValueError(
+            f"image_processor={image_processor!r} cannot be saved; pass the one that prepares the images of the model, "
+            "such as AutoImageProcessor.from_pretrained(base_model)."
+        )
 
 
 def active_config(model: PeftModel) -> FacTConfig:
@@ -198,12 +195,3 @@ def active_config(model: PeftModel) -> FacTConfig:
             else "model has no active adapter; call set_adapter(...) with the one to save."
         )
     return fact_config(model, model.active_adapter)
-
-
-def accept_in_pipeline() -> None:
-    """Have ``pipeline("image-classification")`` take a `PeftModel` without logging that it is not supported."""
-    from transformers.pipelines.base import SUPPORTED_PEFT_TASKS  # not every user of the package needs pipelines
-
-    supported = SUPPORTED_PEFT_TASKS.setdefault("image-classification", [])
-    if "PeftModel" not in supported:
-        supported.append("PeftModel")

@@ -1,4 +1,4 @@
-"""Sums of adapters, exact by concatenating their factors.
+"""Weighted sums of adapters, exact by concatenating their factors.
 
 With U = [U_1 ... U_n], V = [V_1 ... V_n] and block-diagonal cores w_i s_i Sigma_k of adapter i, U Sigma_k V^T is the
 sum of the adapters' increments times their weights.
@@ -6,83 +6,139 @@ sum of the adapters' increments times their weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor
 
-from ..architecture.fused import part_names
-from .config import FacTConfig
-from .layer import FacTLinear
+from ..adapter.adapter import Adapter
+from ..adapter.config import FacTConfig
+from ..adapter.validation import factor_shapes
+from ..architecture.linears import part_names
+from ..method.decomposition import DECOMPOSITIONS
+from ..method.tensorization import PARTS, describe_layout
 
 
-def combined_config(model: nn.Module, configs: dict[str, FacTConfig]) -> FacTConfig:
-    """The config of a sum of adapters: tensor-train, of the sum of their ranks, on all the layers of any of them.
+@torch.no_grad()
+def weighted_sum(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    heads: Mapping[str, Tensor] | None = None,
+    order: Sequence[str] | None = None,
+) -> Adapter:
+    """The adapter whose increments are the weighted sum of those of others, exactly.
 
-    Of a fused layer it has the parts of any of them, and it has one U and V in every block as soon as one of them has.
+    It is a tensor-train adapter whose rank is the sum of their ranks, whatever their decompositions, scales and layers.
+    Federated averaging of n clients is ``weighted_sum(adapters, [1 / n] * n)``.
+
+    Args:
+        adapters: The adapters to sum.
+        weights: Their weights, in the same order; negative ones subtract.
+        heads: The base model's own tensors of the trained heads, by name. Heads are summed as what each adapter changed
+            on top of them. They are not needed if the weights add up to 1.
+        order: All adapted layers in the order of the model. It is needed if the adapters have different layers.
+
+    Raises:
+        ValueError: If there is not one finite weight per adapter, an adapter trains biases, the ranks add up to more
+            than a layer's width, or `heads` or `order` is needed.
     """
-    first = next(iter(configs.values()))
-    heads = [name for config in configs.values() for name in config.modules_to_save or []]
+    if len(adapters) != len(weights) or not adapters:
+        raise ValueError(f"weights={list(weights)!r} must be one number for each of {len(adapters)} adapters.")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights={list(weights)!r} must be finite numbers.")
+    if any(adapter.config.bias != "none" for adapter in adapters):
+        raise ValueError("Adapters that train biases (bias='all' or 'fact_only') cannot be summed: biases are shared.")
+    config = summed_config(adapters, order)
+    numbers = (factor for adapter in adapters for group in adapter.factors.values() for factor in group.values())
+    dtype = functools.reduce(torch.promote_types, (factor.dtype for factor in numbers), torch.float32)
+    factors = {
+        stack: {letter: torch.zeros(shape, dtype=dtype) for letter, shape in shapes.items()}
+        for stack, shapes in factor_shapes(config).items()
+    }
+    start = 0
+    for adapter, weight in zip(adapters, weights, strict=True):
+        columns = slice(start, start + adapter.config.rank)
+        start = columns.stop
+        decomposition = DECOMPOSITIONS[adapter.config.decomposition]
+        for layer, theirs in adapter.slices.items():
+            owned, summand = config.slices[layer], adapter.factors[theirs.stack]
+            total = factors[owned.stack]
+            total["U"][:, columns], total["V"][:, columns] = summand["U"], summand["V"]
+            cores = decomposition.cores(summand, theirs.first, theirs.count)
+            places = [ours for other, ours in zip(theirs.places, owned.places, strict=True) if other is not None]
+            total["Sigma"][places, columns, columns] = weight * adapter.config.scaling * cores.to(total["Sigma"])
+    state = {f"factors.{stack}.fact_{letter}": t for stack, group in factors.items() for letter, t in group.items()}
+    return Adapter.from_state_dict(config, {**state, **summed_heads(adapters, weights, heads)}, "The sum")
+
+
+def summed_config(adapters: Sequence[Adapter], order: Sequence[str] | None) -> FacTConfig:
+    """The config of a sum: tensor-train, of the sum of the ranks, on all the layers of any of the adapters.
+
+    Of a fused layer it has the parts of any of them, and every block has its own U and V as soon as in one of them.
+    """
+    layers = list(adapters[0].slices)
+    if any(list(adapter.slices) != layers for adapter in adapters):
+        if order is None:
+            raise ValueError(
+                "The adapters have different layers, whose order is the model's: load them into it and call "
+                "add_weighted_adapter."
+            )
+        owned = set().union(*(adapter.slices for adapter in adapters))
+        layers = [layer for layer in order if layer in owned]
+    shapes, parts = {}, {}
+    for layer in layers:
+        owners = [adapter.slices[layer] for adapter in adapters if layer in adapter.slices]
+        shapes[layer] = owners[0].in_features, owners[0].out_features
+        if all(slices.parts for slices in owners):
+            wanted = "".join(part for part in PARTS if any(part in slices.parts for slices in owners))
+            if wanted != PARTS:
+                parts[layer] = wanted
+    rank = sum(adapter.config.rank for adapter in adapters)
+    width = min(min(slices.in_width, slices.out_width) for adapter in adapters for slices in adapter.slices.values())
+    if rank > width:
+        raise ValueError(f"The ranks add up to rank={rank}, which is larger than {width}, the width of a layer.")
+    first = adapters[0].config
+    heads = [name for adapter in adapters for name in adapter.config.modules_to_save or []]
     return FacTConfig(
-        rank=sum(config.rank for config in configs.values()),
+        rank=rank,
         scale=1.0,  # those of the summands are in the cores
-        target_modules={
-            part
-            for name, layer in model.named_modules()
-            if isinstance(layer, FacTLinear)
-            for adapter_name in configs.keys() & layer.fact_slices.keys()
-            for part in part_names(name, layer.fact_slices[adapter_name].parts)
-        },
-        share="block" if any(config.share == "block" for config in configs.values()) else "model",
+        target_modules={part for layer in layers for part in part_names(layer, parts.get(layer, ""))},
+        share="block" if any(adapter.config.share == "block" for adapter in adapters) else "model",
         modules_to_save=list(dict.fromkeys(heads)),
-        labels=first.labels if all(config.labels == first.labels for config in configs.values()) else None,
+        labels=first.labels if all(adapter.config.labels == first.labels for adapter in adapters) else None,
+        layout=describe_layout(shapes, parts),
         base_model_name_or_path=first.base_model_name_or_path,
         revision=first.revision,
         task_type=first.task_type,
+        auto_mapping=first.auto_mapping,
         inference_mode=first.inference_mode,
     )
 
 
-@torch.no_grad()
-def fill_with_sum(model: nn.Module, adapter_name: str, weights: dict[str, float], ranks: Sequence[int]) -> None:
-    """Make an adapter of `combined_config` the weighted sum of others.
-
-    Args:
-        model: The adapted model.
-        adapter_name: The adapter to fill.
-        weights: Weight by name of the adapters to sum.
-        ranks: Their ranks, in the same order.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, FacTLinear) and adapter_name in layer.fact_slices]
-    for layer in layers:
-        for factor in layer.fact_stacks[adapter_name].factors(adapter_name).values():
-            factor.zero_()
-    for layer in layers:
-        total, owned = layer.fact_stacks[adapter_name].factors(adapter_name), layer.fact_slices[adapter_name]
-        start = 0
-        for (name, weight), rank in zip(weights.items(), ranks, strict=True):
-            columns = slice(start, start + rank)
-            start += rank
-            if name in layer.fact_slices:
-                stack = layer.fact_stacks[name]
-                cores = weight * stack.scale(name) * stack.cores(name, layer.fact_slices[name])
-                total["U"][:, columns] = stack.fact_U[name]
-                total["V"][:, columns] = stack.fact_V[name]
-                places = dict(zip(layer.fact_slices[name].places, owned.places, strict=True))
-                index = [place for other, place in places.items() if other is not None]
-                total["Sigma"][index, columns, columns] = cores
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            sum_heads(module, adapter_name, weights)
-
-
-def sum_heads(wrapper: AuxiliaryTrainingWrapper, adapter_name: str, weights: dict[str, float]) -> None:
+def summed_heads(
+    adapters: Sequence[Adapter], weights: Sequence[float], heads: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
     """Heads add up as the increments do: what each adapter changed, times its weight, on top of the original."""
-    heads = wrapper.modules_to_save
-    original = dict(wrapper.original_module.named_parameters())
-    for key, parameter in heads[adapter_name].named_parameters():
-        parameter.copy_(original[key])
-        for name, weight in weights.items():
-            if name in heads:
-                parameter.add_(heads[name].get_parameter(key) - original[key], alpha=weight)
+    summed = {}
+    for key in dict.fromkeys(key for adapter in adapters for key in adapter.others):
+        owners = [
+            (adapter.others[key], weight)
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if key in adapter.others
+        ]
+        if not owners[0][0].is_floating_point():
+            summed[key] = owners[0][0]
+            continue
+        if heads is None or key not in heads:
+            if not math.isclose(sum(weight for _, weight in owners), 1.0, rel_tol=1e-6):
+                raise ValueError(
+                    f"The weights of the adapters that train {key} add up to {sum(weight for _, weight in owners):g}; "
+                    "pass the base model's own tensor in heads, or weights that add up to 1."
+                )
+            summed[key] = torch.stack([tensor * weight for tensor, weight in owners]).sum(0)
+        else:
+            original = heads[key].to(owners[0][0])
+            summed[key] = original + torch.stack([(t - original) * weight for t, weight in owners]).sum(0)
+    return summed

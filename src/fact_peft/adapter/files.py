@@ -1,0 +1,146 @@
+"""The files of an adapter: where they are, how they are read, and how a folder gets new ones."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .names import is_hub_id
+
+STAGING = ".saving-"
+ABANDONED_AFTER = 3600.0  # seconds, when what a killed process left is removed by the next save
+
+
+def find_folder(source: str | Path, revision: str | None, token: str | bool | None, files: list[str]) -> Path:
+    """The local folder of an adapter: `source` itself, or where `files` of that Hub repository were downloaded to.
+
+    Raises:
+        ValueError: If `source` is neither a folder nor a name on the Hub.
+    """
+    folder = Path(source)
+    if folder.exists():
+        return folder
+    if not is_hub_id(str(source)):
+        raise ValueError(f"{str(source)!r} is neither a folder nor a name on the Hub.")
+    return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=files))
+
+
+def weights_files(adapter: str, subfolder: str | None = None, **download: Any) -> list[Path]:
+    """The files from which PEFT or transformers may load the weights of an adapter; none if there are none yet.
+
+    Args:
+        adapter: A local folder, or a name on the Hub from which the file is downloaded.
+        subfolder: Where in there ``adapter_config.json`` lies.
+        download: For ``hf_hub_download``.
+
+    Raises:
+        ValueError: If a local folder has a safetensors file of another name only.
+    """
+    folder = Path(adapter, subfolder or "")
+    if (folder / CONFIG_NAME).is_file():
+        files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        if others and not files:
+            raise ValueError(
+                f"{folder} has no {SAFETENSORS_WEIGHTS_NAME} but {', '.join(others)}: "
+                f"the adapter file was probably renamed; call it {SAFETENSORS_WEIGHTS_NAME} again."
+            )
+        return files
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        try:
+            return [Path(hf_hub_download(adapter, name, subfolder=subfolder, **download))]
+        except EntryNotFoundError:
+            continue
+    return []
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of an adapter file, one at a time.
+
+    Raises:
+        ValueError: If the file cannot be read to its end.
+    """
+    try:
+        if file.name == WEIGHTS_NAME:
+            yield from torch.load(file, map_location="cpu", weights_only=True).items()
+        else:
+            with safe_open(file, framework="pt", device="cpu") as tensors:
+                for key in tensors.keys():
+                    yield key, tensors.get_tensor(key)
+    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        kind = "PyTorch" if file.name == WEIGHTS_NAME else "safetensors"
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is not a whole {kind} file ({error}): "
+            "the copy or the save was probably cut off; save or download the adapter again."
+        ) from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty where there is none, or the file cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def write_files(
+    folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the two files of an adapter of any method, as ``PeftModel.from_pretrained`` loads them."""
+    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", **(metadata or {})})
+    config.save_pretrained(str(folder))
+
+
+@contextmanager
+def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder to write files into; when the block ends, each replaces the file of its name in `folder`.
+
+    Every file is written to the end beside the old one and then renamed, the config last. A process that is killed
+    before the first rename leaves the old files. Between two renames it leaves files of two saves, which is noticed
+    when they are read, see `check_pair`. Every process writes into a folder of its own, so that several may save at
+    once.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for abandoned in Path(folder).glob(f"{STAGING}*"):
+        if time.time() - abandoned.stat().st_mtime > ABANDONED_AFTER:
+            shutil.rmtree(abandoned, ignore_errors=True)
+    staging = Path(mkdtemp(prefix=STAGING, dir=folder))
+    try:
+        yield staging
+        names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name == CONFIG_NAME, name))
+        for name in names:
+            flush(staging / name)
+        for name in names:
+            os.replace(staging / name, Path(folder, name))
+        flush(Path(folder))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk; Windows cannot do the latter."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,212 @@
+"""What an adapter file consists of: the factors of its layout, its trained modules, its biases, and nothing else.
+
+Anything else would be copied over frozen weights of the base model, or over another adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils import CONFIG_NAME
+from torch import Tensor
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
+from ..method.decomposition import DECOMPOSITIONS
+from ..method.tensorization import stack_sizes
+from .files import STAGING, read_metadata, read_tensors, weights_files
+from .names import for_terminal
+from .packing import is_packed, read_preamble
+from .storage import bits_of, from_storage, has_nan, is_finite
+
+if TYPE_CHECKING:
+    from .config import FacTConfig
+
+PREFIX = "base_model.model."  # of every name in an adapter file
+# Name of the module that owns the factors. It does not contain PEFT's prefix "fact_", since PEFT skips modules with
+# the prefix in their name when it deletes adapters.
+FACTORS = "factors"
+# What PEFT puts around a layer or a head. Under these names a file would reach what does not belong to the adapter.
+WRAPPED = {"base_layer", "modules_to_save", "original_module"}
+# The fields of a config without which the numbers of a file mean something else.
+MEANING = (
+    *("rank", "decomposition", "scale", "share", "layout", "bias", "modules_to_save", "labels"),
+    *("storage", "head_storage"),
+)
+
+Factors = dict[str, dict[str, Tensor]]  # by stack and paper letter
+
+
+def factor_shapes(config: FacTConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the factors of an adapter, by stack and paper letter."""
+    slices = config.slices
+    shapes = DECOMPOSITIONS[config.decomposition].shapes
+    widths = {owned.stack: (owned.in_width, owned.out_width) for owned in slices.values()}
+    return {
+        stack: {letter: tuple(shape) for letter, shape in shapes(*widths[stack], size, config.rank).items()}
+        for stack, size in stack_sizes(slices.values()).items()
+    }
+
+
+def factor_key(stack: str, letter: str) -> str:
+    """Name of a factor in the adapted model, less the adapter's name."""
+    return f"{FACTORS}.{stack}.fact_{letter}"
+
+
+def sort_tensors(
+    config: FacTConfig, tensors: Iterable[tuple[str, Tensor]], source: str
+) -> tuple[Factors, dict[str, Tensor]]:
+    """The factors by stack and paper letter, and all other trained tensors by name, as floats.
+
+    Args:
+        config: The adapter's, with its layout.
+        tensors: Names and tensors as PEFT saves them.
+        source: Where they come from, for the error message.
+
+    Raises:
+        ValueError: If a factor is missing, of another shape, not of floats or not finite; if anything holds NaN, or is
+            packed in other bits than the config says; or if there are tensors that belong neither to the factors, nor
+            to `modules_to_save`, nor to the biases.
+    """
+    if config.layout is None:
+        raise ValueError(
+            f"The config of {source} has no layout, so what its numbers mean is not known: it was probably made by "
+            "hand; save the adapter again with save_pretrained."
+        )
+    places = {
+        factor_key(stack, letter): (stack, letter, shape)
+        for stack, shapes in factor_shapes(config).items()
+        for letter, shape in shapes.items()
+    }
+    factors: Factors = defaultdict(dict)
+    others: dict[str, Tensor] = {}
+    foreign, broken, misfits = [], [], []
+    for key, saved in tensors:
+        name = key.removeprefix(PREFIX)
+        tensor = from_storage(f"{source}: {key}", saved)
+        if name in places:
+            stack, letter, shape = places.pop(name)
+            factors[stack][letter] = tensor
+            misfits += packing_misfits(key, saved, config.storage)
+            if not tensor.is_floating_point():
+                misfits.append(f"{key} is of {tensor.dtype}, not of floats")
+            elif not is_finite(tensor):
+                broken.append(key)
+            elif tuple(tensor.shape) != shape:
+                misfits.append(f"{key} is {tuple(tensor.shape)} in the file, {shape} by the config")
+        elif is_trained(config, name):
+            others[name] = tensor
+            misfits += packing_misfits(key, saved, config.storage_of_heads)
+            if has_nan(tensor):  # a causal mask among the buffers holds infinity
+                broken.append(key)
+        else:
+            foreign.append(key)
+    misfits += [f"{PREFIX}{name} is missing in the file" for name in places]
+    if broken:
+        raise ValueError(
+            f"{source} holds NaN or infinity in {listed(broken)}: training probably diverged; "
+            "go back to an earlier checkpoint, or train with a smaller learning rate or scale."
+        )
+    if foreign:
+        raise ValueError(
+            f"{source} holds what is no part of the adapter: {listed(foreign)}. An adapter consists of the factors of "
+            f"its layout, its modules_to_save ({config.modules_to_save}) and its biases ({config.bias!r}); anything "
+            "else would replace weights of the base model. Take the file from where it was saved; to train an "
+            "embedding, name it in modules_to_save."
+        )
+    if misfits:
+        raise ValueError(
+            f"{source} does not fit its config (rank={config.rank}, decomposition={config.decomposition!r}): "
+            f"{listed(misfits, '; ')}. Take both files from where the adapter was saved."
+        )
+    return dict(factors), others
+
+
+def is_trained(config: FacTConfig, name: str) -> bool:
+    """Whether a tensor of this name belongs to the modules or biases that an adapter trains beside its factors."""
+    *path, last = name.split(".")
+    if last == "bias" and config.bias == "all":
+        return True
+    if last == "bias" and config.bias == "fact_only" and path[-1:] == ["base_layer"]:
+        return ".".join(path[:-1]) in config.slices
+    owners = (".".join(path[:end]) for end in range(1, len(path) + 1))
+    heads = tuple(config.modules_to_save or [])
+    return WRAPPED.isdisjoint(path) and any(owner.endswith(heads) for owner in owners)
+
+
+def packing_misfits(key: str, tensor: Tensor, storage: str | None) -> list[str]:
+    """How the bits of a saved tensor differ from the storage of the config. Floats fit every storage."""
+    bits = bits_of(storage)
+    if is_packed(tensor):
+        found = read_preamble(tensor)[0]
+        return [] if found == bits else [f"{key} is packed as int{found} in the file, {storage} by the config"]
+    if bits and tensor.dtype == torch.uint8 and tensor.dim() == 1:
+        return [f"{key} is {len(tensor)} bytes that are no packed tensor, {storage} by the config"]
+    return []
+
+
+def check_saved_weights(config: FacTConfig, adapter: str, subfolder: str | None = None, **download: Any) -> None:
+    """Read the weights beside a saved config, on disk or on the Hub, and refuse what does not belong together.
+
+    Raises:
+        ValueError: As `sort_tensors` and `check_pair`, or if a file is damaged or renamed.
+    """
+    for file in weights_files(adapter, subfolder, **download):
+        check_pair(config, file)
+        sort_tensors(config, read_tensors(file), str(file))
+
+
+def digest(config: FacTConfig) -> str:
+    """What the weights record of their config: a digest of the fields in `MEANING`."""
+    fields: Mapping[str, Any] = config.to_dict()
+    meaning = json.dumps([fields[name] for name in MEANING])
+    return hashlib.sha256(meaning.encode()).hexdigest()[:16]
+
+
+def record(config: FacTConfig, folder: Path) -> dict[str, str]:
+    """What the weights record of the files that are saved with them: their digests."""
+    processor = folder / IMAGE_PROCESSOR_NAME
+    beside = {processor.name: file_digest(processor)} if processor.is_file() else {}
+    return {"config": digest(config), **beside}
+
+
+def file_digest(file: Path) -> str:
+    """Digest of the bytes of a file; empty if there is none."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+
+
+def check_pair(config: FacTConfig, file: Path) -> None:
+    """Refuse weights and a config, or an image processor, of two different saves, which an interrupted save may leave.
+
+    Weights that PEFT wrote record nothing and are not checked.
+
+    Raises:
+        ValueError: If they do not belong together; says how to complete the save if the rest of it is still there.
+    """
+    recorded, folder = read_metadata(file), file.parent
+    processor = recorded.get(IMAGE_PROCESSOR_NAME)
+    interrupted = sorted(folder.glob(f"{STAGING}*/{CONFIG_NAME}"))
+    other_config = recorded.get("config") not in (None, digest(config))
+    # Without the rest of a save beside it, an image processor was changed by its owner.
+    other_processor = interrupted and processor not in (None, file_digest(folder / IMAGE_PROCESSOR_NAME))
+    if other_config or other_processor:
+        repair = (
+            f"Complete the save with: mv '{interrupted[-1].parent}'/* '{folder}'"
+            if interrupted
+            else "Take all files from one save; to change a field of a saved adapter, use Adapter.read, replace, write"
+        )
+        raise ValueError(
+            f"{file} and the files beside it are of two different saves: a save was interrupted, or one file was "
+            f"edited or copied alone. {repair}."
+        )
+
+
+def listed(names: list[str], separator: str = ", ", count: int = 6) -> str:
+    """The first few names, quoted for a terminal."""
+    more = f"{separator}... ({len(names)} in all)" if len(names) > count else ""
+    return for_terminal(separator.join(names[:count])) + more

@@ -1,0 +1,128 @@
+"""Where the numbers of adapters lie: on the device, in host memory or on disk. Least recently used goes first."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .pooled_adapter import PooledAdapter
+
+
+class AdapterCache:
+    """Vectors of pooled adapters. Callers must hold a lock. A vector that was given out is never changed."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        device_capacity: int | None,
+        host_capacity: int | None,
+        spill_folder: str | Path | None,
+    ) -> None:
+        """
+        Args:
+            device: Of the model.
+            device_capacity: How many adapters lie there; None for all.
+            host_capacity: How many more lie in host memory; None for all others.
+            spill_folder: Where those beyond lie, in a folder of their own that is removed with this object.
+
+        Raises:
+            ValueError: If a capacity is no positive number, or there is a `host_capacity` and no `spill_folder`.
+        """
+        for name, value, least in (("device_capacity", device_capacity, 1), ("host_capacity", host_capacity, 0)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} is not a whole number of at least {least}, nor None for no limit.")
+        if host_capacity is not None and spill_folder is None:
+            raise ValueError(f"host_capacity={host_capacity} needs a spill_folder, for adapters beyond it.")
+        self.device = device
+        self.device_capacity, self.host_capacity = device_capacity, host_capacity
+        self.evictions = 0
+        self._on_device: OrderedDict[PooledAdapter, Tensor] = OrderedDict()
+        self._on_host: OrderedDict[PooledAdapter, Tensor] = OrderedDict()
+        self._files: dict[PooledAdapter, Path] = {}
+        self._num_files = 0
+        self._folder: Path | None = None
+        if spill_folder is not None:
+            Path(spill_folder).mkdir(parents=True, exist_ok=True)
+            self._folder = Path(mkdtemp(prefix="adapters-", dir=spill_folder))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def put(self, adapter: PooledAdapter, vector: Tensor) -> None:
+        """Take in a new adapter; not at all if there is no room on the disk for one that has to give way."""
+        self._on_device[adapter] = vector.to(self.device)
+        try:
+            self._make_room()
+        except Exception:
+            self.drop(adapter)
+            raise
+
+    def take(self, adapter: PooledAdapter) -> Tensor:
+        """The vector of a adapter, on the device; used last from now on.
+
+        Raises:
+            ValueError: If its file is gone or damaged.
+        """
+        if adapter in self._on_device:
+            self._on_device.move_to_end(adapter)
+            return self._on_device[adapter]
+        vector = self._on_host[adapter] if adapter in self._on_host else self._read(adapter)
+        vector = vector.to(self.device)
+        self._on_host.pop(adapter, None)
+        self._on_device[adapter] = vector
+        self._make_room()
+        return vector
+
+    def drop(self, adapter: PooledAdapter) -> None:
+        """Forget a adapter."""
+        self._on_device.pop(adapter, None)
+        self._on_host.pop(adapter, None)
+        if adapter in self._files:
+            self._files.pop(adapter).unlink(missing_ok=True)
+
+    def stats(self) -> dict[str, int]:
+        """How many adapters lie where, the bytes of those in memory, and how often one left the device."""
+        in_memory = [*self._on_device, *self._on_host]
+        return {
+            "resident": len(self._on_device),
+            "host": len(self._on_host),
+            "disk": len(self._files.keys() - set(in_memory)),
+            "evictions": self.evictions,
+            "bytes": sum(adapter.num_bytes for adapter in in_memory),
+        }
+
+    def _make_room(self) -> None:
+        while self.device_capacity is not None and len(self._on_device) > self.device_capacity:
+            adapter = next(iter(self._on_device))
+            self._on_host[adapter] = self._on_device[adapter].cpu()
+            del self._on_device[adapter]
+            self.evictions += 1
+        while self.host_capacity is not None and len(self._on_host) > self.host_capacity:
+            adapter = next(iter(self._on_host))
+            self._write(adapter, self._on_host[adapter])
+            del self._on_host[adapter]
+
+    def _write(self, adapter: PooledAdapter, vector: Tensor) -> None:
+        """PooledAdapters do not change, so that each is written once."""
+        if adapter not in self._files:
+            assert self._folder is not None
+            self._num_files += 1
+            file = self._folder / f"{self._num_files}.safetensors"
+            save_file({"numbers": vector}, file)
+            self._files[adapter] = file
+
+    def _read(self, adapter: PooledAdapter) -> Tensor:
+        file = self._files[adapter]
+        try:
+            return load_file(file)["numbers"].clone()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{file}, to where an adapter was moved for lack of memory, cannot be read ({error}); load the adapter "
+                "again, and let nobody else change the spill_folder."
+            ) from error

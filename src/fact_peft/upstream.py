@@ -1,0 +1,126 @@
+"""Everything of PEFT and transformers that fact_peft uses without it being public, and how FacT is registered.
+
+Each name stands here once, with what it is used for; ``docs/upstream.md`` lists them. If a release has one no longer,
+importing fact_peft says so and names the versions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+
+NAME = "FACT"
+USED: dict[str, str] = {}  # what each private name is used for
+
+
+def private(path: str, used_for: str) -> Any:
+    """The object at ``"module:name"`` or ``"module:class.attribute"``, noted in `USED`.
+
+    Raises:
+        ImportError: If the installed release does not have it.
+    """
+    USED[path.replace(":", ".")] = used_for
+    module, _, name = path.partition(":")
+    package = module.partition(".")[0]
+    try:
+        found = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"fact_peft needs {path.replace(':', '.')}, which {package} {version(package)} does not have ({used_for}). "
+            f"Install a release of {package} that docs/versions.md lists, or a newer fact_peft."
+        ) from error
+    return found
+
+
+TUNERS = "peft.tuners.tuners_utils"
+OTHER = "peft.utils.other"
+# Functions and classes that are called.
+ExcludedModule = private(f"{TUNERS}:_ExcludedModule", "to tell a layer that is excluded from one that is not targeted")
+find_minimal_target_modules = private(
+    f"{TUNERS}:_find_minimal_target_modules", "to write `target_modules` down as name suffixes"
+)
+include_all_linear_layers = private(f"{TUNERS}:_maybe_include_all_linear_layers", "to resolve 'all-linear'")
+AuxiliaryTrainingWrapper = private(f"{OTHER}:AuxiliaryTrainingWrapper", "to find the trained heads of a model")
+ModulesToSaveWrapper = private(f"{OTHER}:ModulesToSaveWrapper", "base class of the trained head")
+activate_heads = private(f"{OTHER}:_set_adapter", "to activate the heads of an adapter after another was deleted")
+split_download_arguments = private(
+    "peft:PeftConfig._split_kwargs", "to find the arguments of a Hub download among those of `from_pretrained`"
+)
+# Methods that are overridden: were one renamed, PEFT would call its own instead.
+for hook, purpose in {
+    "_check_target_module_exists": "layers come from the plan",
+    "_create_and_replace": "to wrap one layer",
+    "_replace_module": "FacT's layers have no parameters to move",
+    "_cast_adapter_dtype": "adapters loaded for inference stay frozen",
+    "_unload_and_optionally_merge": "to remove the shared factors too",
+    "_get_module_names_tied_with_embedding": "detectors have none, where PEFT raises",
+    "_remove_adapter_name_from_key": "heads may have a parameter of the adapter's name",
+    "_get_adapter_state_dict": "to save in the data types of `storage`",
+    "_remap_adapter_state_dict_for_load": "to check what is loaded before anything is copied",
+}.items():
+    private(f"{TUNERS}:BaseTuner.{hook}", f"overridden: {purpose}")
+private("peft:PeftModel._enable_peft_forward_hooks", "overridden in the tuner: one adapter per image, `adapter_names`")
+
+
+def register(config_cls: type, model_cls: Any) -> None:
+    """Make FacT known to PEFT, which dispatches on members of the enum `PeftType` and has no entry point for methods
+    of other packages. Registering again, as a reloaded module does, replaces the classes.
+
+    Warns:
+        UserWarning: If PEFT itself, or another package, already has a method of this name. It stays in place.
+    """
+    if NAME not in PeftType.__members__:
+        add_peft_type()
+    fact = PeftType(NAME)
+    present = PEFT_TYPE_TO_TUNER_MAPPING.get(fact)
+    if present is not None and present.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        warnings.warn(
+            f"{present.__module__} already provides PeftType.{NAME} (peft {version('peft')}); fact_peft leaves it in "
+            "place and its FacTConfig will not work in this process. Use that implementation, or a version of peft "
+            "without it.",
+            stacklevel=2,
+        )
+        return
+    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        mapping.pop(fact, None)
+    register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+
+
+def add_peft_type() -> None:
+    """Add a member to the enum, a real one that pickles, iterates, compares and prints as the others do."""
+    member = str.__new__(PeftType, NAME)
+    vars(member).update(_name_=NAME, _value_=NAME, __objclass__=PeftType, _sort_order_=len(PeftType))
+    PeftType._member_names_.append(NAME)
+    PeftType._member_map_[NAME] = member
+    PeftType._value2member_map_[NAME] = member
+    type.__setattr__(PeftType, NAME, member)
+
+
+for attribute in ("_member_names_", "_member_map_", "_value2member_map_"):
+    private(f"peft.utils.peft_types:PeftType.{attribute}", "to add the member FACT to the enum")
+
+
+def accept_in_pipeline() -> None:
+    """Have ``pipeline("image-classification")`` take a `PeftModel` without logging that it is not supported."""
+    from transformers.pipelines.base import SUPPORTED_PEFT_TASKS  # not every user of the package needs pipelines
+
+    supported = SUPPORTED_PEFT_TASKS.setdefault("image-classification", [])
+    if "PeftModel" not in supported:
+        supported.append("PeftModel")
+
+
+USED["transformers.pipelines.base.SUPPORTED_PEFT_TASKS"] = "an entry for image classification, or pipelines complain"
+
+
+def table() -> str:
+    """What is used, as rows of a Markdown table."""
+    rows = [f"| `{name}` | {purpose} |" for name, purpose in USED.items()]
+    return "\n".join(["| private name | used |", "|---|---|", *rows])
