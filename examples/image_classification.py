@@ -21,7 +21,7 @@ whole checkpoint when it is started again.
 Without arguments it adapts a small ViT, pretrained on upright handwritten digits, to inverted and rotated ones. In
 50 s of CPU time (torch 2.14, transformers 5.23, peft 0.21) it prints, after the log of every epoch,
 
-    scale 2: validation accuracy 90.0 %
+    validation accuracy 90.0 %
     test accuracy 89.5 %
     test macro_f1 89.3 %
     saved in outputs/image_classification: README.md, adapter_config.json, adapter_model.safetensors, ...
@@ -277,7 +277,8 @@ def main() -> None:
         trainer = fit(args, run, config, task)
         score = trainer.evaluate()[f"eval_{metric}"]
         if trainer.is_world_process_zero():
-            print(f"scale {config.scale:g}: validation {metric} {percent(metric, score)}")
+            tried = f"scale {scale:g}: " if args.scales else ""
+            print(f"{tried}validation {metric} {percent(metric, score)}")
         runs.append((score, trainer))
     score, best = (max if training.greater_is_better else min)(runs, key=lambda run: run[0])
     if args.storage and not (best.is_fsdp_enabled or best.is_deepspeed_enabled):  # whose processes hold parts
