@@ -60,7 +60,7 @@ def main() -> None:
                     run(options)
                     seconds.setdefault((kind, size), []).append(time.perf_counter() - start)
         ray.shutdown()
-    print("| | start, s | images a second | (image, adapter) pairs a second |\n| --- | --: | --: | --: |")
+    print("| | start, s | images a second | passes a second |\n|---|--:|--:|--:|")
     for kind in ("plain loop", "Ray Data"):
         small, large = (median(seconds[kind, size]) for size in SIZES)
         per_image = (large - small) / (SIZES[1] - SIZES[0])
