@@ -46,7 +46,7 @@ def main() -> None:
             (folder / str(size)).mkdir()
             for number, picture in enumerate(pictures(8) * (size // 8)):
                 (folder / str(size) / f"{number}.jpg").write_bytes(picture)
-        ray.init(num_cpus=4, include_dashboard=False, runtime_env={"working_dir": str(EXAMPLE)})
+        ray.init("local", num_cpus=4, include_dashboard=False, runtime_env={"working_dir": str(EXAMPLE)})
         for turn in range(arguments.rounds):
             for size in SIZES:
                 options = predict.Arguments(
