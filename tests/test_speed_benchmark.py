@@ -24,7 +24,7 @@ def run(module, *arguments):
 @pytest.mark.slow
 def test_speed_measures_what_is_missing_and_nothing_else(tmp_path):
     file = tmp_path / "speed.json"
-    arguments = ("--quick", "--results", file, "--tables", "step", "inference", "memory", "scaling")
+    arguments = ("--quick", "--results", file, "--tables", "step", "inference", "start", "memory", "scaling")
     first = run("benchmarks.speed", *arguments)
     assert first.returncode == 0, first.stderr
     for line in (
@@ -37,7 +37,7 @@ def test_speed_measures_what_is_missing_and_nothing_else(tmp_path):
     assert (tmp_path / "speed_scaling.png").stat().st_size > 5000
     before = file.read_text()
     records = json.loads(before)
-    assert len({json.dumps(record["setting"]) for record in records}) == len(records) == 6 + 9 + 2 + 4 * 3
+    assert len({json.dumps(record["setting"]) for record in records}) == len(records) == 6 + 9 + 4 + 2 + 4 * 3
     assert run("benchmarks.speed", *arguments).stdout == first.stdout
     assert file.read_text() == before
 

@@ -1,7 +1,7 @@
 """The methods that are compared, one row each. What they adapt is found by structure, whatever the backbone."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class Method:
         multipliers: Learning rates relative to the one searched, by a part of the parameter's name.
         own_head_rate: Whether the head has the fixed learning rate of all heads, else the one searched.
         first_rate: The first learning rate tried.
+        from_gradients: Whether U and V of FacT start from the gradients of 8 batches of the training images.
     """
 
     family: str
@@ -45,6 +46,7 @@ class Method:
     multipliers: Mapping[str, float] = field(default_factory=dict)
     own_head_rate: bool = True
     first_rate: float = FIRST_RATE
+    from_gradients: bool = False
 
 
 def by_module(model: nn.Module, train: Labelled, trains: Callable[[nn.Module, str], bool]) -> nn.Module:
@@ -105,6 +107,12 @@ def orthogonal(decomposition: str, rank: int, scale: float | None = None, **sett
     return Method(f"FacT-{decomposition.upper()}, orthogonal", adapt)
 
 
+def gradients(decomposition: str, rank: int) -> Method:
+    """As `orthogonal`, with U and V from the gradients of the task."""
+    family = f"FacT-{decomposition.upper()}, gradients"
+    return replace(orthogonal(decomposition, rank), family=family, from_gradients=True)
+
+
 def other(family: str, config_cls: type[PeftConfig], **settings: Any) -> Method:
     return Method(family, partial(by_peft, config_cls=config_cls, **settings))
 
@@ -130,4 +138,6 @@ METHODS: dict[str, Method] = {
     **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 32)},
     **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (1, 4, 8, 16, 32)},
     **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 16, 32)},
+    **{f"FacT-TT r={rank}, gradients": gradients("tt", rank) for rank in (4, 16, 32)},
+    **{f"FacT-TK r={rank}, gradients": gradients("tk", rank) for rank in (8, 16, 32)},
 }

@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from benchmarks.frontier.methods import Method
-from benchmarks.frontier.report import FACT, ORTHOGONAL, OTHERS, frontier, is_fact, sides
+from benchmarks.frontier.report import FACT, GRADIENTS, ORTHOGONAL, OTHERS, frontier, is_fact, sides
 
-COLOURS = {FACT: "black", ORTHOGONAL: "tab:blue", OTHERS: "tab:red"}
+COLOURS = {FACT: "black", ORTHOGONAL: "tab:blue", GRADIENTS: "tab:green", OTHERS: "tab:red"}
 COLUMNS = 3
 
 

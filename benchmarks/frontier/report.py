@@ -12,8 +12,8 @@ from benchmarks.reporting.markdown import table
 from benchmarks.reporting.results import Results
 
 Point = tuple[float, float]  # trainable parameters, accuracy
-FACT, ORTHOGONAL, OTHERS = "FacT", "FacT, orthogonal", "the others"
-SIDES = (FACT, ORTHOGONAL, OTHERS)  # what is compared
+FACT, ORTHOGONAL, GRADIENTS, OTHERS = "FacT", "FacT, orthogonal", "FacT, gradients", "the others"
+SIDES = (FACT, ORTHOGONAL, GRADIENTS, OTHERS)  # what is compared
 MEAN = "mean"
 
 
@@ -39,7 +39,7 @@ def side(method: str) -> str:
     """Which of `SIDES` a method is of."""
     if not is_fact(method):
         return OTHERS
-    return ORTHOGONAL if method.endswith(", orthogonal") else FACT
+    return f"{FACT}, {start}" if (start := method.partition(", ")[2]) in ("orthogonal", "gradients") else FACT
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -194,7 +194,7 @@ def sides(points: pd.DataFrame) -> dict[str, list[Point]]:
 def budget_tables(columns: Mapping[str, pd.DataFrame]) -> list[str]:
     """`budget_table` of each start that was measured, with a line that says what it is."""
     paragraphs = []
-    for ours in (FACT, ORTHOGONAL):
+    for ours in (FACT, ORTHOGONAL, GRADIENTS):
         if any(sides(points)[ours] for points in columns.values()):
             paragraphs += [
                 f"Best of {ours} minus best other method of at most so many parameters, in points:",

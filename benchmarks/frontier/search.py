@@ -6,14 +6,14 @@ best on their mean is run on all others.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
@@ -21,6 +21,7 @@ from benchmarks.frontier.backbones import DEVICE, Backbone
 from benchmarks.frontier.methods import FIRST_RATE, Method
 from benchmarks.frontier.tasks import Labelled, Task
 from benchmarks.reporting.results import Results
+from fact_peft import initialize_from_gradients
 from fact_peft.architecture.heads import find_classifiers
 
 STEP = 4.0  # of the search
@@ -86,7 +87,23 @@ def adapted(backbone: Backbone, task: Task, method: Method, seed: int) -> tuple[
     set_seed(seed)
     model = backbone.build(task.num_labels)
     heads = find_classifiers(model)
-    return method.adapt(model, task.train).to(DEVICE), heads
+    model = method.adapt(model, task.train).to(DEVICE)
+    if method.from_gradients:
+        start_from_gradients(backbone, model, task.train, seed)
+    return model, heads
+
+
+def start_from_gradients(backbone: Backbone, model: nn.Module, train: Labelled, seed: int) -> None:
+    """Start U and V with random batches of the training images."""
+
+    def loss(model: nn.Module, batch: Labelled) -> Tensor:
+        return nn.functional.cross_entropy(backbone.logits(model, batch.images), batch.labels.to(DEVICE))
+
+    def batches() -> Iterator[Labelled]:
+        for index in torch.randperm(len(train.labels)).split(Protocol().batch_size):
+            yield train[index]
+
+    initialize_from_gradients(model, batches(), loss=loss, seed=seed, show_progress_bar=False)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,7 +1,7 @@
 """Latency and throughput of examples/serving under an open-loop load, beside one adapter and beside swapping adapters.
 
     python -m benchmarks.serving                                        # what is missing, then table and plot
-    python -m benchmarks.serving --write benchmarks/serving/README.md
+    python -m benchmarks.serving --write benchmarks/serving/MEASURED.md
 
 Served is a ViT-Ti (192 x 12) at 96 px with random weights, by one replica with one torch thread, on loopback. The load
 generator is `open_loop.py` (asyncio and aiohttp), in a process of its own on the same machine: JPEG pictures at a fixed

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed                       # what is missing of all tables, then tables and plot
     python -m benchmarks.speed --tables step memory
-    python -m benchmarks.speed --write benchmarks/speed/README.md
+    python -m benchmarks.speed --write benchmarks/speed/MEASURED.md
 
 A step is forward, backward and optimizer step of a ViT-B/16 at 224 px with random weights; inference is a forward pass
 without gradients. The floor of a step is the backbone frozen but for its head and the biases of the first q, k and v,
@@ -14,7 +14,8 @@ what is left is what the calls of a method cost, as they do on a device that is 
 On a CPU, times are of the process, not of the clock, so that other work on the machine counts as little as it can, and
 one thread is used unless --threads says otherwise. On a GPU, times are of the clock and the model is in bfloat16; that
 has not been run yet. Memory is the highest over two steps beyond the built model, each method in a process of its own.
-In the table of scaling one thing is varied at a time; "operations" is the ratio that counting multiplications predicts.
+The table "start" has `initialize_from_gradients` with one batch, two passes over it, beside a step with that batch. In
+the table of scaling one thing is varied at a time; "operations" is the ratio that counting multiplications predicts.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from benchmarks.reporting.markdown import write_generated
 from benchmarks.reporting.results import Results
 from benchmarks.speed.report import plot, report
 from benchmarks.speed.steps import (
+    BESIDE_START,
     DEVICE,
     DTYPE,
     FLOOR,
@@ -109,7 +111,7 @@ def main() -> None:
     if arguments.quick:
         measure(results, arguments.tables, TINY, TINY_SCALING, [FLOOR, "FacT-TT"], rounds=2)
     else:
-        measure(results, arguments.tables, Shape(), SCALING, STEP, arguments.rounds)
+        measure(results, arguments.tables, Shape(), SCALING, [*STEP, *BESIDE_START], arguments.rounds)
     text = report(results)
     print(text)
     plot(results, results.file.with_name(f"{results.file.stem}_scaling.png"))

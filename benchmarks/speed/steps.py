@@ -15,7 +15,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.reporting.timing import time_in_turns
-from fact_peft import FacTConfig
+from fact_peft import FacTConfig, initialize_from_gradients
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 HEAD = ["classifier"]
@@ -30,6 +30,11 @@ CONFIGS: dict[str, Callable[[int], PeftConfig]] = {
     "VeRA": lambda rank: VeraConfig(r=rank, target_modules=LINEARS, modules_to_save=HEAD),
 }
 STEP = [FLOOR, *CONFIGS, "full"]
+START = "start from gradients"  # of FacT-TT, from one batch
+BESIDE_START: dict[str, Callable[[int], PeftConfig]] = {
+    START: lambda rank: FacTConfig(rank=rank),
+    "LoRA r=8": lambda rank: LoraConfig(r=8, target_modules=LINEARS, modules_to_save=HEAD),
+}
 INFERENCE = [FLOOR, *CONFIGS, *(f"{method}, merged" for method in CONFIGS)]
 CHIEF = [FLOOR, "FacT-TT", "FacT-TK", "LoRA"]
 
@@ -84,6 +89,7 @@ TIMED = {
     "inference, larger batch": Timed(CHIEF, training=False, batches=4),
     "compiled step": Timed(CHIEF, training=True, compiled=True),
     "compiled inference": Timed(CHIEF, training=False, compiled=True),
+    "start": Timed([FLOOR, "FacT-TT", *BESIDE_START], training=True),
 }
 TABLES = (*TIMED, "memory", "scaling")
 SMALL = Shape(width=384, depth=4, batch=4)  # what is varied in the table of scaling, so that it takes minutes
@@ -102,10 +108,11 @@ def build(method: str, shape: Shape) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = ViTForImageClassification(shape.config()).to(DEVICE, DTYPE)
     name, _, merged = method.partition(", ")
-    if name in CONFIGS:
-        model = get_peft_model(model, CONFIGS[name](shape.rank))
+    configs = {**CONFIGS, **BESIDE_START}
+    if name in configs:
+        model = get_peft_model(model, configs[name](shape.rank))
         for other in range(1, shape.adapters):
-            model.add_adapter(f"other{other}", CONFIGS[name](shape.rank))
+            model.add_adapter(f"other{other}", configs[name](shape.rank))
         if merged:
             model.merge_adapter()
     elif name == FLOOR:
@@ -114,13 +121,16 @@ def build(method: str, shape: Shape) -> nn.Module:
     return model.to(DEVICE)
 
 
-def work(model: nn.Module, shape: Shape, training: bool) -> Callable[[], None]:
-    """One step, or one inference pass, as a function to time."""
+def work(model: nn.Module, shape: Shape, training: bool, method: str = FLOOR) -> Callable[[], None]:
+    """One step, one start from a batch, or one inference pass, as a function to time."""
     images = torch.randn(shape.batch, 3, shape.image, shape.image, device=DEVICE, dtype=DTYPE)
     labels = torch.arange(shape.batch, device=DEVICE)
     model.train(training)
     if not training:
         return torch.no_grad()(lambda: model(pixel_values=images))
+    if method == START:
+        batch = {"pixel_values": images, "labels": labels}
+        return lambda: initialize_from_gradients(model, [batch], show_progress_bar=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
@@ -138,7 +148,7 @@ def time_methods(
     functions = {}
     for method in methods:
         model = build(method, shape)
-        functions[method] = work(torch.compile(model) if compiled else model, shape, training)
+        functions[method] = work(torch.compile(model) if compiled else model, shape, training, method)
         for _ in range(2):  # memory is allocated and graphs are compiled
             functions[method]()
     return time_in_turns(functions, next(iter(functions)), rounds)
@@ -146,7 +156,7 @@ def time_methods(
 
 def peak_memory(method: str, shape: Shape) -> dict[str, int]:
     """Most bytes in use during two steps beyond the built model. To be called in a fresh process."""
-    step = work(build(method, shape), shape, training=True)
+    step = work(build(method, shape), shape, training=True, method=method)
     gc.collect()
     if DEVICE == "cuda":
         before = torch.cuda.memory_allocated()

@@ -3,6 +3,7 @@
 from .adapter.adapter import Adapter
 from .adapter.config import FacTConfig
 from .converters.conversion import convert_checkpoint, convert_from
+from .operations.gradient_start import initialize_from_gradients
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
 from .operations.parameter_groups import parameter_groups
@@ -30,6 +31,7 @@ __all__ = [
     "convert_from",
     "convert_to_lora",
     "hotswap_adapter",
+    "initialize_from_gradients",
     "load_image_classifier",
     "parameter_groups",
     "push_image_classifier",
