@@ -20,6 +20,7 @@ include_patterns = [
     "docs/*.md",
     "benchmarks/README.md",
     "benchmarks/**/README.md",
+    "benchmarks/**/MEASURED.md",
     "examples/**/README.md",
     "examples/notebooks/*.ipynb",
     "CHANGELOG.md",
@@ -65,6 +66,13 @@ def check_docstring(app: Sphinx, what: str, name: str, obj: object, options: obj
         logging.getLogger(__name__).warning(f"{name} is public and has no docstring.")
 
 
+def leave_out_of_menu(app: Sphinx, doctree: object) -> None:
+    """Keep the pages of everything measured out of the sidebar; the page of each benchmark links to its own."""
+    if app.env.docname.endswith("MEASURED"):
+        app.env.metadata[app.env.docname]["orphan"] = True
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("doctree-read", leave_out_of_menu)
     app.connect("env-check-consistency", check_public_names)
     app.connect("autodoc-process-docstring", check_docstring)

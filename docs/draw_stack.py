@@ -35,7 +35,7 @@ def draw_block(axes: Axes) -> None:
             for column in range(columns):
                 square(axes, x + column, y - row, COLOURS[name])
         axes.text(x + columns / 2, y + 0.12, name, ha="center", va="bottom")
-    axes.text(0, -3.2, "here: 12 slices a block,\n144 of 768 x 768 in a ViT-B", va="top")
+    axes.text(0, -3.2, "12 slices per block; a ViT-B has\n144 slices of 768 x 768", va="top")
     axes.set(xlim=(-0.2, 6.8), ylim=(-4.3, 0.8))
 
 
@@ -45,12 +45,12 @@ def draw_stack(axes: Axes) -> None:
     for index, name in reversed(list(enumerate(slices))):
         square(axes, 0.28 * index, 0.17 * index, COLOURS[name], 1.6, 1.6)
     axes.text(4.2, -0.6, "12 L slices of d x d\n(L blocks)", va="top")
-    axes.text(-0.1, -1.95, "only its increment dW is learned", va="top")
+    axes.text(-0.1, -1.95, "only the increment dW is trained", va="top")
     axes.set(xlim=(-0.2, 6.8), ylim=(-2.6, 2.4))
 
 
 def draw_factors(axes: Axes) -> None:
-    axes.set_title("3. Factorize: one U, one V, a core each")
+    axes.set_title("3. Factorize: shared U and V, one core per slice")
     axes.text(0.05, 0.15, "dW$_k$ = s", va="center", fontsize=13)
     square(axes, 1.75, 0.95, SHARED, 0.5, 1.6)
     axes.text(2, 1.05, "U", ha="center", va="bottom")
@@ -66,7 +66,7 @@ def draw_factors(axes: Axes) -> None:
 
 
 def draw_rebuilt(axes: Axes) -> None:
-    axes.set_title("4. Put them back where they were cut")
+    axes.set_title("4. Put the increments back in place")
     for column in range(4):
         x = 0.1 + 1.65 * column
         square(axes, x, 1, COLOURS["up"], 1.65, 1.65)

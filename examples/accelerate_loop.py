@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, set_seed
 from accelerate_checkpoints import last_epoch, load_checkpoint, save_checkpoint, trained_weights
+from command_line import connect_processes
 from peft import get_peft_model
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -37,6 +38,7 @@ parser.add_argument("--gradient_checkpointing", action="store_true")
 parser.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: what the launcher says")
 args = parser.parse_args()
 
+connect_processes()
 accelerator = Accelerator(
     mixed_precision=args.mixed_precision, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)
 )

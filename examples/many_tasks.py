@@ -29,19 +29,22 @@ With --learning_rate 2e-2 --epochs 10 training is so rough that rounding makes f
 each, and the losses have to be taken task by task.
 """
 
+# flag() is made for the defaults of fields
+
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from command_line import flag, parse
 from peft import PeftModel, get_peft_model
 from quickstart import Arguments as Quickstart
 from quickstart import Task, accuracy, digits, load_backbone, pretrain
 from torch import Tensor, nn
-from transformers import HfArgumentParser, PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
 from fact_peft import FacTConfig
@@ -54,13 +57,13 @@ TASKS = {
 
 @dataclass
 class Arguments:
-    rank: int = field(default=8, metadata={"help": "Rank of every adapter."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Of AdamW, with warm-up and cosine decay."})
-    epochs: int = field(default=8, metadata={"help": "Epochs of every task."})
-    images_per_task: int = field(default=4, metadata={"help": "Images of each task in a step."})
-    pretraining_epochs: int = field(default=25, metadata={"help": "Epochs on upright digits."})
-    seed: int = field(default=0, metadata={"help": "Of everything that is random."})
-    output_dir: str = field(default="outputs/many_tasks", metadata={"help": "Where to save backbone and adapters."})
+    rank: int = flag(8, "Rank of every adapter.")
+    learning_rate: float = flag(4e-3, "Of AdamW, with warm-up and cosine decay.")
+    epochs: int = flag(8, "Epochs of every task.")
+    images_per_task: int = flag(4, "Images of each task in a step.")
+    pretraining_epochs: int = flag(25, "Epochs on upright digits.")
+    seed: int = flag(0, "Of everything that is random.")
+    output_dir: str = flag("outputs/many_tasks", "Where to save backbone and adapters.")
 
 
 def seen_by(task: str, images: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ def accuracies(model: PeftModel, task: Task) -> dict[str, float]:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = parse(Arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     set_seed(args.seed)

@@ -45,6 +45,7 @@ import pandas as pd
 import torch
 from datasets import ClassLabel, Dataset, Image, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from rgb import to_rgb
 from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -164,7 +165,7 @@ def read_dataset(args: Arguments) -> Task:
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name == "label"]
     if not images or not labels:
         raise ValueError(f"{args.dataset} needs an image and a label column; it has {features}.")
-    splits = splits.select_columns([images[0], labels[0]]).cast_column(images[0], Image(mode="RGB"))
+    splits = splits.select_columns([images[0], labels[0]])
     splits = splits.rename_columns({images[0]: "image", labels[0]: "labels"})
     held_out = next((splits[name] for name in ("test", "validation") if name in splits), None)
 
@@ -179,7 +180,9 @@ def read_dataset(args: Arguments) -> Task:
 def preprocess(dataset: Dataset, args: Arguments) -> tuple[Tensor, Tensor]:
     processor = AutoImageProcessor.from_pretrained(args.model)
     batches = tqdm(dataset.iter(batch_size=50), "reading images", total=math.ceil(len(dataset) / 50), leave=False)
-    images = torch.cat([processor(batch["image"], return_tensors="pt")["pixel_values"] for batch in batches])
+    images = torch.cat(
+        [processor([*map(to_rgb, batch["image"])], return_tensors="pt")["pixel_values"] for batch in batches]
+    )
     return images, torch.tensor(dataset["labels"][:])
 
 

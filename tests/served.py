@@ -24,7 +24,9 @@ from fact_peft import FacTConfig
 
 T = TypeVar("T")
 SERVE = Path(__file__).parents[1] / "examples" / "serving" / "serve.py"
+FAST_METRICS = {"RAY_metrics_report_interval_ms": "1000"}  # instead of ten seconds
 LABELS = {"fruit": ["apple", "pear", "plum"], "sky": ["clear", "cloudy"]}
+READ_TIMEOUT = 10  # seconds
 PATIENCE = 600  # seconds after which what is waited for hangs; on a busy machine Ray alone took 200 to start
 
 
@@ -40,8 +42,15 @@ class Served:
     folder: Path
     process: subprocess.Popen
 
-    def ask(self, path: str, method: str = "GET", body: bytes | dict | None = None, token: str | None = None) -> Answer:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+    def ask(
+        self,
+        path: str,
+        method: str = "GET",
+        body: bytes | dict | None = None,
+        token: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
+        headers = {**(headers or {}), **({"Authorization": f"Bearer {token}"} if token else {})}
         if isinstance(body, dict):
             body, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
         try:
@@ -58,7 +67,9 @@ class Served:
         return self.ask(f"/predict?{query}", "POST", image)
 
     def replicas(self) -> dict[str, dict]:
-        return self.ask("/metrics").body["replicas"]
+        """What each replica says of itself: asked so often that both answer."""
+        answers = [self.ask("/health").body for _ in range(20)]
+        return {answer["replica"]: answer for answer in answers}
 
 
 def save_backbone(folder: Path) -> ViTForImageClassification:
@@ -89,12 +100,12 @@ def serve(folder: Path, token: str) -> Iterator[Served]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = {"backbone": "backbone", "adapters": "adapters", "state": "state", "port": port, "replicas": 2}
-    options |= {"max_body_bytes": 100_000, "max_pixels": 1_000_000}
+    options |= {"max_body_bytes": 100_000, "max_pixels": 1_000_000, "read_timeout": READ_TIMEOUT}
     with open(folder / "log.txt", "w+") as log:
         process = subprocess.Popen(
             [sys.executable, SERVE, *(text for key, value in options.items() for text in (f"--{key}", str(value)))],
             cwd=folder,
-            env={**os.environ, "SERVING_TOKEN": token, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "SERVING_TOKEN": token, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **FAST_METRICS},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import MobileViTConfig, MobileViTForImageClassification
+from transformers.pytorch_utils import Conv1D
 
 from fact_peft import FacTConfig, FacTLinear, convert_to_lora
 from fact_peft.architecture.multihead import OpenAttention
-from fact_peft.method.per_image import bank, read_per_image, write_per_image
+from fact_peft.method.per_image import FactorBank, read_per_image, write_per_image
 from fact_peft.tuner.head import FacTHead
 
 # From rank, decomposition and scale to the layers: no two are of one shape.
@@ -209,8 +210,12 @@ def test_the_formula(blocks):
         adapters.append((torch.randn(d, rank), torch.randn(N - rank, rank, rank), torch.randn(e, rank)))
     adapters.append(None)
     adapters, x = [t and tuple(f.double() for f in t) for t in adapters], torch.randn(4, 7, a * d).double()
+    banks = [
+        FactorBank.empty(1) if t is None else FactorBank(t[0][None], scale * t[1][None], t[2][None])
+        for t, scale in zip(adapters, scales, strict=True)
+    ]
     onto, owners = torch.randn(4, 7, b * e).double(), [1, 0, 2, 1]
-    factors = bank(adapters, scales)[torch.tensor(owners)]
+    factors = FactorBank.join(banks, N).of_images(owners)
     h = read_per_image(x, factors.U)
     y = write_per_image(h, factors.cores[:, 1 : 1 + a * b].unflatten(1, (a, b)), factors.V, onto)
     for i, owner in enumerate(owners):
@@ -310,6 +315,22 @@ def test_a_weight_that_is_not_multiplied_by_linear_is_refused():
     with model.disable_adapter():
         expected = model(x)
     torch.testing.assert_close(model(x, adapter_names=["__base__"] * 2), expected)
+
+
+def test_a_weight_that_is_kept_the_other_way_round_is_refused_too():
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Conv1D(6, 6)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.layer.weight)
+
+    model = get_peft_model(Transposed(), FacTConfig(rank=2, target_modules=["layer"], init_weights=False)).eval()
+    x = torch.randn(2, 3, 6)
+    with pytest.raises(NotImplementedError, match=r"linear\(\) cannot use it"):
+        model(x, adapter_names=["default", "__base__"])
+    assert not torch.equal(model(x, adapter_names=["default"] * 2), model(x, adapter_names=["__base__"] * 2))
 
 
 # A call's adapters are the call's

@@ -12,7 +12,7 @@ from hub_server import serve
 
 import fact_peft
 
-PATTERNS = ("*.md", "docs/*.md", "examples/*/README.md", "benchmarks/README.md", "benchmarks/*/**/README.md")
+PATTERNS = ("*.md", "docs/*.md", "examples/*/README.md", "benchmarks/**/*.md")
 FILES = sorted({file for pattern in PATTERNS for file in pages.ROOT.glob(pattern)})
 NAMES = [str(file.relative_to(pages.ROOT)) for file in FILES]
 
@@ -33,6 +33,17 @@ def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
 def test_what_a_page_says_runs(name: str, fork: Fork, tmp_path: Path) -> None:
     status, output = fork(pages.program((pages.ROOT / name).read_text()), tmp_path, name)
     assert status == 0, output
+
+
+@pytest.mark.parametrize("model", ["me/dinov2-small-float16", pages.TIMM])
+def test_start_here_runs_on_a_float16_checkpoint_and_on_timm(model: str, fork: Fork, tmp_path: Path) -> None:
+    page = (pages.ROOT / "docs" / "index.md").read_text()
+    named = 'name = "google/vit-base-patch16-224"'
+    assert named in page
+    status, output = fork(pages.program(page.replace(named, f"name = {model!r}")), tmp_path)
+    assert status == 0, output
+    losses = [float(loss) for loss in re.findall(r"^[0-4] (\S+)$", output, re.M)]
+    assert len(losses) == 5 and losses[-1] < losses[0], output  # NaN is not less
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -297,16 +297,16 @@ def test_an_adapter_costs_its_bytes_and_no_module(tmp_path):
     vit = make_backbone("vit")
     pool = AdapterPool(vit)
     saved = Adapter.read(tmp_path)
-    modules, parameters = len(list(pool.network.module.modules())), len(list(pool.network.module.parameters()))
+    modules, parameters = len(list(pool.model.module.modules())), len(list(pool.model.module.parameters()))
     for i in range(50):
         pool.load(str(i), saved)
     raw = sum(t.nbytes for group in saved.factors.values() for t in group.values())
     raw += sum(t.nbytes for t in saved.others.values())
     assert pool.stats()["bytes"] == 50 * raw
-    assert len(list(pool.network.module.modules())) == modules
-    assert len(list(pool.network.module.parameters())) == parameters
+    assert len(list(pool.model.module.modules())) == modules
+    assert len(list(pool.model.module.parameters())) == parameters
     shared = {p.data_ptr() for p in vit.parameters()}
-    assert {p.data_ptr() for p in pool.network.module.parameters()} == shared
+    assert {p.data_ptr() for p in pool.model.module.parameters()} == shared
 
 
 def test_an_unloaded_adapter_is_gone(tmp_path):
@@ -424,4 +424,4 @@ def test_adapters_of_one_kind_are_stacked_together(tmp_path):
     pool = AdapterPool(make_backbone("vit"))
     for i in range(2):
         pool.load(str(i), tmp_path / str(i))
-    assert pool._versions["0"].form is pool._versions["1"].form
+    assert pool._versions["0"].spec is pool._versions["1"].spec

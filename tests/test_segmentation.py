@@ -8,6 +8,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
+from sam.data import Batches, at_most, mask_of, objects, read_dataset
+from sam.handwriting import handwriting
+from sam.masks import predict
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from transformers import SamModel, SamProcessor
@@ -47,7 +50,7 @@ def test_the_adapter_holds_factors_and_mask_decoder(finished):
     model = PeftModel.from_pretrained(SamModel.from_pretrained(folder / "sam"), folder / "FacT+decoder")
     adapted = [name for name, module in model.get_base_model().named_modules() if isinstance(module, FacTLinear)]
     assert len(adapted) == 3 * 4 and all(name.startswith("vision_encoder.layers.") for name in adapted)
-    assert (folder / "FacT" / "adapter_model.safetensors").stat().st_size < 40_000
+    assert (folder / "FacT" / "adapter_model.safetensors").stat().st_size < 50_000
 
 
 def segment_anything_sam(config):
@@ -89,12 +92,12 @@ def test_the_merged_model_computes_the_same_in_segment_anything(finished):
     merged, processor = SamModel.from_pretrained(folder / "merged"), SamProcessor.from_pretrained(folder / "merged")
     sam = segment_anything_sam(merged.config)
     sam.load_state_dict(torch.load(folder / "sam.pth", weights_only=True))
-    _, held_out = script.handwriting(0, 1, np.random.default_rng(0))
+    _, held_out = handwriting(0, 1, np.random.default_rng(0))
     predictor = SamPredictor(sam)
     predictor.set_image(np.asarray(held_out[0]["image"]))
-    _, boxes = script.objects(script.mask_of(held_out[0]))
+    _, boxes = objects(mask_of(held_out[0]))
     theirs = [predictor.predict(box=box, multimask_output=False, return_logits=True)[0] for box in boxes]
-    ours = script.predict(merged, held_out[0], processor)
+    ours = predict(merged, held_out[0], processor)
     assert ours.std() > 1e-4  # small, since nothing has been learnt, but not constant
     torch.testing.assert_close(ours, torch.from_numpy(np.concatenate(theirs)), rtol=1e-4, atol=1e-5)
 
@@ -147,25 +150,25 @@ def image_and_mask(seed):
 
 def test_boxes_are_tight_around_the_objects():
     image, mask = image_and_mask(0)
-    numbers, boxes = script.objects(script.mask_of({"image": image, "mask": mask}))
+    numbers, boxes = objects(mask_of({"image": image, "mask": mask}))
     assert numbers.tolist() == [3, 200]
     assert boxes.tolist() == [[10, 5, 20, 9], [2, 15, 8, 25]]
 
 
 def test_a_mask_of_colours_or_of_another_size_is_refused():
     image, mask = image_and_mask(0)
-    assert script.mask_of({"image": image, "mask": mask.convert("RGB")}).max() == 200  # grey
+    assert mask_of({"image": image, "mask": mask.convert("RGB")}).max() == 200  # grey
     with pytest.raises(ValueError, match=r"A mask is \(30, 40, 3\), its image \(30, 40\)"):
-        script.mask_of({"image": image, "mask": image})
+        mask_of({"image": image, "mask": image})
     with pytest.raises(ValueError, match=r"A mask is \(30, 39\)"):
-        script.mask_of({"image": image, "mask": mask.crop((0, 0, 39, 30))})
+        mask_of({"image": image, "mask": mask.crop((0, 0, 39, 30))})
 
 
 def test_the_masks_of_a_batch_are_those_of_its_boxes(finished):
     folder, _ = finished
     torch.manual_seed(0)
     image, mask = image_and_mask(0)
-    batches = script.Batches(SamProcessor.from_pretrained(folder / "sam"), boxes_per_image=5)
+    batches = Batches(SamProcessor.from_pretrained(folder / "sam"), boxes_per_image=5)
     inputs, truth = batches([{"image": image, "mask": mask}] * 3)
     assert inputs["input_boxes"].shape == (3, 5, 4) and truth.shape == (3, 5, 48, 48)
     for boxes, masks in zip(inputs["input_boxes"], truth, strict=True):
@@ -187,13 +190,27 @@ def test_a_folder_with_masks_is_read_without_the_images_that_have_none(tmp_path,
             picture.save(tmp_path / f"{name}{index}.png")
         lines.append(json.dumps({"image_file_name": f"image{index}.png", "mask_file_name": f"mask{index}.png"}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    args = script.Arguments(dataset="imagefolder", data_dir=str(tmp_path))
-    rows, held_out = script.read_dataset(args)
+    rows, held_out = read_dataset("imagefolder", str(tmp_path))
     assert (len(rows), len(held_out)) == (4, 1)
-    assert script.objects(script.mask_of(rows[0]))[0].tolist() == [3, 200]
-    assert script.at_most(2, rows)[1]["image"].mode == "RGB"
+    assert objects(mask_of(rows[0]))[0].tolist() == [3, 200]
+    assert len(at_most(2, rows)) == 2
     with pytest.raises(ValueError, match="no column of images 'label'"):
-        script.read_dataset(script.Arguments(**{**vars(args), "mask_column": "label"}))
+        read_dataset("imagefolder", str(tmp_path), mask_column="label")
+
+
+def test_16_bit_images_reach_the_model_as_their_8_bit_copies_do(finished):
+    folder, _ = finished
+    _, mask = image_and_mask(0)
+    grey = np.random.default_rng(0).integers(0, 256, (30, 40))
+    deep, shallow = Image.fromarray((grey * 257).astype("uint16")), Image.fromarray(grey.astype("uint8"))
+    batches = Batches(SamProcessor.from_pretrained(folder / "sam"), boxes_per_image=1)
+    inputs, _ = batches([{"image": deep, "mask": mask}, {"image": shallow, "mask": mask}])
+    assert torch.equal(*inputs["pixel_values"]) and inputs["pixel_values"].std() > 0.1
+
+
+def test_it_advises_the_recipe_of_the_library():
+    args = script.Arguments()
+    assert FacTConfig(rank=args.rank, scale=args.scale) == FacTConfig()
 
 
 @pytest.mark.slow

@@ -1,25 +1,33 @@
 """examples/serving as its users meet it: over HTTP, with two replicas, one of which is killed, and in a browser."""
 
+import contextlib
 import io
+import json
 import os
+import select
 import signal
+import socket
 import tempfile
 import threading
+import time
 from base64 import b64encode
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("ray.serve", reason='Ray Serve is not installed: pip install ".[serving]"')
 
 import digits
-from served import LABELS, Served, save_adapter, serve, wait_for
+from prometheus_client.parser import text_string_to_metric_families
+from served import LABELS, PATIENCE, Served, save_adapter, serve, wait_for
 from transformers import AutoImageProcessor, ViTForImageClassification
 
 pytestmark = pytest.mark.slow
@@ -73,29 +81,102 @@ def test_scores_are_those_of_peft_for_several_adapters_of_one_image(served):
 
 
 def test_requests_for_different_adapters_share_batches(served):
-    before = served.ask("/metrics").body["batches"]["sizes"]
+    before = totals(served)
     names = list(LABELS)
     threads = [threading.Thread(target=served.predict, args=(picture(0), names[n % 2])) for n in range(40)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    wait_for(lambda: sum(int(size) * n for size, n in (new_sizes(served, before)).items()) >= 40)
-    assert any(int(size) > 1 for size in new_sizes(served, before))
+    batches, pairs = (after - old for after, old in zip(totals(served), before, strict=True))
+    assert pairs == 40
+    assert batches < 40
 
 
-def new_sizes(served: Served, before: dict[str, int]) -> Counter[str]:
-    return Counter(served.ask("/metrics").body["batches"]["sizes"]) - Counter(before)
+def totals(served: Served) -> tuple[int, int]:
+    """Batches and pairs of image and adapter of both replicas."""
+    replicas = wait_for(partial(two_replicas, served)).values()
+    return sum(replica["batches"] for replica in replicas), sum(replica["pairs"] for replica in replicas)
+
+
+def test_a_form_is_answered_like_the_bare_file(served):
+    expected = served.predict(picture(0), *LABELS)
+    for name, status in (("file", 200), ("image", 422)):
+        body = (
+            f'--xyz\r\nContent-Disposition: form-data; name="{name}"; filename="x.png"\r\n'
+            "Content-Type: image/png\r\n\r\n"
+        ).encode() + picture(0)
+        answer = served.ask(
+            f"/predict?{'&'.join(f'adapter={name}' for name in LABELS)}",
+            "POST",
+            body + b"\r\n--xyz--\r\n",
+            headers={"Content-Type": "multipart/form-data; boundary=xyz"},
+        )
+        assert answer.status == status, answer
+        if status == 200:
+            assert scores(answer.body) == {name: pytest.approx(each) for name, each in scores(expected.body).items()}
+
+
+def test_the_openapi_page_lists_bodies_and_parameters(served):
+    assert "swagger" in served.ask("/docs").body.lower()
+    paths = served.ask("/openapi.json").body["paths"]
+    predict = paths["/predict"]["post"]
+    assert {parameter["name"] for parameter in predict["parameters"]} == {"adapter", "top"}
+    assert set(predict["requestBody"]["content"]) == {"image/png", "image/jpeg", "image/webp", "multipart/form-data"}
+    put = paths["/adapters/{name}"]["put"]
+    assert {parameter["name"] for parameter in put["parameters"]} == {"name"}
+    source = put["requestBody"]["content"]["application/json"]["schema"]
+    assert set(source["properties"]) == {"folder", "hub", "revision"}
+
+
+def test_metrics_are_what_prometheus_reads(served):
+    served.predict(picture(0), "fruit")
+    served.predict(picture(0), "nobody")
+
+    def requests() -> dict[str, float]:
+        """Requests to /predict by status, as Prometheus' own client reads them."""
+        families = {family.name: family for family in text_string_to_metric_families(served.ask("/metrics").body)}
+        assert all(name.startswith("ray_serve_") for name in families)
+        counts = Counter()
+        for sample in (
+            families["ray_serve_num_http_requests"].samples if "ray_serve_num_http_requests" in families else []
+        ):
+            if sample.labels["route"] == "/predict":
+                counts[sample.labels["status_code"]] += sample.value
+        return counts
+
+    wait_for(lambda: requests()["200"] >= 1 and requests()["404"] >= 1)
+
+
+def test_slow_clients_stop_neither_predictions_nor_health_and_are_sent_away(served):
+    """Ray lets 256 requests into each of the two replicas unless it is told otherwise."""
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(slow_client(served)) for _ in range(600)]
+        time.sleep(1)  # so that all are in
+        for answer in (served.ask("/health"), served.predict(picture(0), "fruit")):
+            assert answer.status == 200, answer
+        assert not select.select(slow, [], [], 0)[0]  # all of them were still there
+        for client in slow:
+            client.settimeout(PATIENCE)
+            assert client.recv(12) == b"HTTP/1.1 408"
+
+
+def slow_client(served: Served) -> socket.socket:
+    """Announces an image of 5,000 bytes, and sends three."""
+    client = socket.create_connection(("127.0.0.1", urlsplit(served.url).port))
+    client.sendall(b"POST /predict?adapter=fruit HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc")
+    return client
 
 
 def test_what_is_wrong_with_a_request_is_said(served):
     good = picture(0)
     for answer, status, reason in (
-        (served.predict(b"hello", "fruit"), 415, "not a JPEG, PNG or WEBP image"),
+        (served.predict(b"hello", "fruit"), 415, "The image is not a JPEG, PNG or WEBP image"),
         (served.predict(good[:400], "fruit"), 422, "cut off"),
         (served.predict(b"", "fruit"), 422, "empty"),
         (served.predict(bytes(100_001), "fruit"), 413, "longer than 100,000 bytes"),
         (served.predict(bomb(), "fruit"), 413, "2000 x 1000 pixels; at most 1,000,000"),
+        (served.predict(thin(), "fruit"), 413, "one side may be 100 times the other"),
         (served.predict(good, "fruit", "nobody"), 404, "No adapter is called 'nobody'"),
         (served.predict(good, "../../etc/passwd"), 422, "cannot name an adapter"),
         (served.predict(good), 422, "names 0 adapters"),
@@ -108,6 +189,12 @@ def test_what_is_wrong_with_a_request_is_said(served):
 def bomb() -> bytes:
     file = io.BytesIO()
     Image.new("1", (2000, 1000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def thin() -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (1, 1_000_000)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -155,6 +242,19 @@ def test_a_put_that_is_refused_changes_nothing(served):
     save_adapter(served.folder / "backbone", served.folder / "adapters" / "short", ["yes", "no"], 0)
     file = served.folder / "adapters" / "short" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+    for name in ("huge", "surrogate", "null", "nested", "nested processor", "linked"):
+        save_adapter(served.folder / "backbone", served.folder / "adapters" / name, ["yes", "no"], 0)
+    adapters = served.folder / "adapters"
+    weights = load_file(adapters / "huge" / "adapter_model.safetensors")
+    factors = {key: tensor * 1e19 if "fact_" in key else tensor for key, tensor in weights.items()}
+    save_file(factors, adapters / "huge" / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((adapters / "surrogate" / "adapter_config.json").read_text())
+    (adapters / "surrogate" / "adapter_config.json").write_text(json.dumps({**config, "labels": ["\ud800", "no"]}))
+    (adapters / "null" / "preprocessor_config.json").write_text("null")
+    (adapters / "nested" / "adapter_config.json").write_text("[" * 100_000)
+    (adapters / "nested processor" / "preprocessor_config.json").write_text('{"size":' * 100_000)
+    (adapters / "linked" / "adapter_model.safetensors").unlink()
+    (adapters / "linked" / "adapter_model.safetensors").symlink_to(other / "model.safetensors")
     for answer, status, reason in (
         (put(served, "fruit", "sky", token=None), 401, "Authorization"),
         (put(served, "fruit", "sky", token="wrong"), 401, "Authorization"),
@@ -162,6 +262,15 @@ def test_a_put_that_is_refused_changes_nothing(served):
         (put(served, "a%2Fb", "sky"), 422, "cannot name an adapter"),
         (put(served, "fruit", "../state"), 403, "not inside the folder"),
         (put(served, "fruit", "nowhere"), 404, "not there"),
+        (put(served, "fruit", "a\0b"), 422, "cannot be the name of a folder"),
+        (put(served, "fruit", "x" * 300), 422, "cannot be the name of a folder"),
+        (put(served, "fruit", "\ud800"), 422, ""),
+        (put(served, "fruit", "huge"), 422, "scores that are not finite"),
+        (put(served, "fruit", "surrogate"), 422, "adapter_config.json is no JSON that can be read"),
+        (put(served, "fruit", "null"), 422, "preprocessor_config.json holds no JSON object"),
+        (put(served, "fruit", "nested"), 422, "adapter_config.json is no JSON that can be read"),
+        (put(served, "fruit", "nested processor"), 422, "preprocessor_config.json is no JSON that can be read"),
+        (put(served, "fruit", "linked"), 403, "not inside the folder"),
         (put(served, "fruit", "deeper"), 422, ""),
         (put(served, "fruit", "short"), 422, "not a whole safetensors file"),
         (served.ask("/adapters/fruit", "PUT", {"hub": "me/beans"}, TOKEN), 403, "loads from nobody there"),
@@ -175,7 +284,7 @@ def test_a_put_that_is_refused_changes_nothing(served):
 
 
 def two_replicas(served: Served, without: str | None = None) -> dict[str, dict] | None:
-    """Both replicas once they say so of themselves, which one that has no processor for seconds does not."""
+    """Both replicas, once both have answered."""
     replicas = served.replicas()
     return replicas if len(replicas) == 2 and without not in replicas else None
 
@@ -217,10 +326,8 @@ def test_killing_a_replica_under_load_loses_nothing_of_a_client_that_retries_onc
     print(f"killed 1 of 2 replicas under load: {dict(counts)}")
     assert counts["lost"] == counts["wrong"] == 0
     (new,) = set(after) - set(before)
-    health = {}
-    wait_for(lambda: health.update({(h := served.ask("/health").body)["replica"]: h}) or new in health)
-    assert health[new]["status"] == "ok"
-    assert health[new]["adapters"] == health[new]["loaded"] == len(names)
+    assert after[new]["status"] == "ok"
+    assert after[new]["adapters"] == after[new]["loaded"] == len(names)
 
 
 @pytest.fixture
@@ -260,9 +367,11 @@ def test_in_a_browser_a_dropped_image_gets_a_bar_for_every_label_of_two_adapters
     browser.get(served.url)
     find = lambda selector: browser.find_elements("css selector", selector)  # noqa: E731
     wait_for(lambda: find("#names input"))
+    chosen = find("#names input:checked")
+    assert [box.get_attribute("value") for box in chosen] == ["fruit"]  # the first, so that an image alone is answered
     browser.execute_script(DROP, b64encode(picture(2)).decode())
-    for name in LABELS:
-        find(f"#names input[value={name}]")[0].click()
+    wait_for(lambda: len(find(".prediction")) == 1)
+    find("#names input[value=sky]")[0].click()
     wait_for(lambda: len(find(".prediction")) == 2)
 
     expected = scores(served.predict(picture(2), *LABELS).body)
@@ -279,7 +388,6 @@ def test_in_a_browser_a_dropped_image_gets_a_bar_for_every_label_of_two_adapters
     find(".prediction summary")[0].click()
     wait_for(lambda: len(find(".prediction td")) == 2 * 6)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    wait_for(lambda: "requests" in find("#metrics")[0].text)
     assert browser.get_log("browser") == []
 
 

@@ -1,7 +1,7 @@
 """Size of adapters on disk, for FacT and PEFT's methods at equal rank, on the shapes of ViT-B and ViT-L.
 
     python -m benchmarks.bytes
-    python -m benchmarks.bytes --write benchmarks/bytes/README.md
+    python -m benchmarks.bytes --write benchmarks/bytes/MEASURED.md
 
 All linear layers of the blocks are adapted and no head is saved, so that the files hold what the method holds. What
 `save_pretrained` writes is split into the numbers, the rest of the safetensors file (its header) and

@@ -1,7 +1,7 @@
 """What a task takes on disk in each storage, head and config included: ViT-B/16 with a head of 100 classes.
 
     python -m benchmarks.bytes.storage_sizes
-    python -m benchmarks.bytes.storage_sizes --write docs/bytes.md
+    python -m benchmarks.bytes.storage_sizes --write benchmarks/bytes/MEASURED.md
 
 The backbone has shapes but no weights; factors and head are random numbers, whose bytes are those of any others.
 """

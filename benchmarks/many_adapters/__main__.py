@@ -2,7 +2,7 @@
 
     python -m benchmarks.many_adapters                          # what is missing, then tables and plot
     python -m benchmarks.many_adapters --parts ViT-S/96/64 capacity
-    python -m benchmarks.many_adapters --write benchmarks/many_adapters/README.md
+    python -m benchmarks.many_adapters --write benchmarks/many_adapters/MEASURED.md
 
 A batch is a forward pass without gradients of a ViT with random weights; adapters are of rank 8 on all linear layers of
 the blocks, with a head of ten classes each. All rows of a shape are built at once and timed in turns, round by round; a

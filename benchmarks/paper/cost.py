@@ -1,7 +1,7 @@
 """What the VTAB-1K and few-shot benchmarks cost on one GPU: an estimate from counted operations, nothing is run.
 
     python -m benchmarks.paper.cost
-    python -m benchmarks.paper.cost --write benchmarks/paper/README.md
+    python -m benchmarks.paper.cost --write benchmarks/paper/MEASURED.md
 
 Floating-point operations of one image are counted on a ViT-B/16 without numbers, forward and in a training step of
 FacT-TT, rank 16; its products in place, some 1 %, escape torch's counter. Images come from the protocol and the sizes

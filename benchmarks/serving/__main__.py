@@ -1,7 +1,7 @@
 """Latency and throughput of examples/serving under an open-loop load, beside one adapter and beside swapping adapters.
 
     python -m benchmarks.serving                                        # what is missing, then table and plot
-    python -m benchmarks.serving --write benchmarks/serving/README.md
+    python -m benchmarks.serving --write benchmarks/serving/MEASURED.md
 
 Served is a ViT-Ti (192 x 12) at 96 px with random weights, by one replica with one torch thread, on loopback. The load
 generator is `open_loop.py` (asyncio and aiohttp), in a process of its own on the same machine: JPEG pictures at a fixed
@@ -111,17 +111,18 @@ def measure(results: Results, lines: list[Line], rates: list[float], seconds: fl
 def load(url: str, images: list[bytes], names: list[str], requests: str, rate: float, seconds: float) -> dict:
     """One rate; beside what the client saw, how many images the service took into a batch on average."""
     indices = DRAWS[requests](len(names), round(rate * seconds), seed=round(rate))
-    before = batches(url)
+    before = totals(url)
     measured = asyncio.run(send(url, images, [names[index] for index in indices], rate))
-    after = batches(url)
-    sizes = {size: count - before.get(size, 0) for size, count in after.items()}
-    measured["batch"] = sum(int(size) * count for size, count in sizes.items()) / max(1, sum(sizes.values()))
+    batches, pairs = (after - old for after, old in zip(totals(url), before, strict=True))
+    measured["batch"] = pairs / max(1, batches)
     return measured
 
 
-def batches(url: str) -> dict[str, int]:
-    with urlopen(f"{url}/metrics") as answer:
-        return json.load(answer)["batches"]["sizes"]
+def totals(url: str) -> tuple[int, int]:
+    """Batches and images of the one replica so far."""
+    with urlopen(f"{url}/health") as answer:
+        health = json.load(answer)
+    return health["batches"], health["pairs"]
 
 
 def main() -> None:

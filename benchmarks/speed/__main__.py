@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed                       # what is missing of all tables, then tables and plot
     python -m benchmarks.speed --tables step memory
-    python -m benchmarks.speed --write benchmarks/speed/README.md
+    python -m benchmarks.speed --write benchmarks/speed/MEASURED.md
 
 A step is forward, backward and optimizer step of a ViT-B/16 at 224 px with random weights; inference is a forward pass
 without gradients. The floor of a step is the backbone frozen but for its head and the biases of the first q, k and v,

@@ -1,5 +1,6 @@
 """Which adapters the service has: one file that every replica reads, so that a change reaches all of them.
 
+    STATE/backbone.txt          the model that these adapters belong to
     STATE/manifest.json         {"digits": {"files": "5f0c...", "source": "digits"}, ...}
     STATE/files/5f0c.../        the adapter's files, copied, under a name that follows from what is in them
 
@@ -35,6 +36,21 @@ class Catalogue:
         self.state = state
         self.manifest = state / "manifest.json"
         (state / "files").mkdir(parents=True, exist_ok=True)
+
+    def claim(self, backbone: str) -> None:
+        """Say which model the adapters are for, the first time; afterwards make sure that it is the same.
+
+        Raises:
+            ValueError: If it is another one.
+        """
+        file = self.state / "backbone.txt"
+        if not file.exists():
+            file.write_text(backbone)
+        elif file.read_text() != backbone:
+            raise ValueError(
+                f"{self.state} holds adapters of the backbone {file.read_text()!r}, not of {backbone!r}. Pass another "
+                f"folder as --state, or, if this is the same model in another place, delete {file}."
+            )
 
     def stamp(self) -> tuple[int, int] | None:
         """Differs after every change; None as long as there was none."""

@@ -7,6 +7,7 @@ starts Ray on this machine; with RAY_ADDRESS set, the same command deploys to th
 replicas=2` in this folder does so too. README.md beside this file shows what to ask the service, and its answers.
 """
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -15,12 +16,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import digits
 import ray
-from catalogue import ADAPTER_FILES, Catalogue
+from catalogue import Catalogue
 from ray import serve
 from ray.serve import Application
 from service import Service, make_pool
-from settings import Settings, token
-from transformers import HfArgumentParser
+from settings import OUTPUTS, Settings, token
+from sources import check_files, from_folder
+from transformers import AutoImageProcessor, HfArgumentParser
 from validation import Refused, check_name
 
 
@@ -28,23 +30,31 @@ def build(arguments: Settings | dict) -> Application:
     """The application, for `serve.run` or `serve run`."""
     settings = arguments if isinstance(arguments, Settings) else Settings(**arguments)
     if settings.backbone is None:
-        settings.backbone = str(digits.prepare(Path(settings.adapters).parent))
+        settings.backbone = str(digits.prepare(OUTPUTS.resolve()))
     catalogue = Catalogue(Path(settings.state))
+    catalogue.claim(settings.backbone)
     if catalogue.stamp() is None:  # the first start; afterwards PUT and DELETE have the say
-        put_all(catalogue, Path(settings.adapters))
+        put_all(catalogue, settings)
+    print(f"Serving {', '.join(catalogue.read()) or 'no adapters yet'} from {settings.state}", flush=True)
+    ignored = sorted({folder.name for folder in folders(settings)} - catalogue.read().keys())
+    if ignored:
+        print(f"Not served from {settings.adapters}: {', '.join(ignored)}. PUT adds one; --adapters is read only once.")
     return Service.options(
         num_replicas=settings.replicas, ray_actor_options={"num_gpus": settings.gpus_per_replica}
     ).bind(settings, token(), make_pool)
 
 
-def put_all(catalogue: Catalogue, folder: Path) -> None:
+def folders(settings: Settings) -> list[Path]:
+    return sorted(Path(settings.adapters).glob("*/")) if settings.adapters else []
+
+
+def put_all(catalogue: Catalogue, settings: Settings) -> None:
     """Every adapter in the folder, under the name of its own folder. Whether it fits is for the replicas to say."""
-    for adapter in sorted(folder.glob("*/")):
+    processor = json.loads(AutoImageProcessor.from_pretrained(settings.backbone).to_json_string())
+    for adapter in folders(settings):
         try:
-            missing = [file for file in ADAPTER_FILES if not (adapter / file).is_file()]
-            if missing:
-                raise Refused(422, f"it has no {missing[0]}.")
-            catalogue.put(check_name(adapter.name), adapter, adapter.name)
+            files, source = from_folder(check_name(adapter.name), Path(settings.adapters))
+            catalogue.put(adapter.name, files, source, lambda copy: check_files(copy, processor))
         except Refused as refused:
             print(f"{adapter} is not served: {refused.reason}")
 

@@ -2,35 +2,50 @@
 
 import asyncio
 import json
-import threading
-import time
+import os
 from collections.abc import Callable
-from math import isnan
+from math import isfinite
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Annotated
 
 from catalogue import Catalogue
-from fastapi import FastAPI, Query, Request
-from fastapi.responses import FileResponse, JSONResponse
-from metrics import Metrics
+from fastapi import FastAPI, Query, Request, Security
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from metrics import exposition
+from PIL import Image
 from ray import serve
 from served_pool import ServedPool
 from settings import Settings
-from sources import MAX_SOURCE_BYTES, Source, check_processor, check_source, from_folder, from_hub
+from sources import MAX_SOURCE_BYTES, Source, check_files, check_source, from_folder, from_hub
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
-from validation import Refused, check_adapters, check_name, check_token, decode_image, read_body
+from validation import FORMATS, Refused, check_adapters, check_name, check_token, decode_image, read_body
 
 from fact_peft import AdapterPool, Prediction
 from fact_peft.operations.inspection import increment_map
 
-app = FastAPI(title="Adapters on one vision transformer", docs_url=None, redoc_url=None)
+MAX_WAITING = 512  # pairs of image and adapter in one replica; more are refused
+
+app = FastAPI(title="Adapters on one vision transformer", redoc_url=None)
+Token = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
+
+# Bodies are read by hand, to limit their length and the time they take, so that FastAPI has to be told about them.
+BINARY = {"type": "string", "format": "binary"}
+FORM = {"type": "object", "properties": {"file": BINARY}, "required": ["file"]}
+IMAGES = {f"image/{kind.lower()}": {"schema": BINARY} for kind in FORMATS}
+IMAGE_BODY = {"requestBody": {"required": True, "content": {**IMAGES, "multipart/form-data": {"schema": FORM}}}}
+SOURCE_BODY = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": Source.model_json_schema()}}}
+}
 
 
 @app.exception_handler(Refused)
 async def refuse(_: Request, refused: Refused) -> JSONResponse:
-    return JSONResponse({"detail": refused.reason}, refused.status)
+    text = refused.reason.encode(errors="backslashreplace").decode()  # it may quote what is not UTF-8
+    # After a request that was not read to its end, the connection cannot carry another one.
+    return JSONResponse({"detail": text}, refused.status, {"Connection": "close"} if refused.status == 408 else None)
 
 
 def load_backbone(settings: Settings) -> PreTrainedModel:
@@ -48,6 +63,10 @@ def make_pool(vit: PreTrainedModel, settings: Settings) -> AdapterPool:
 
 
 def as_json(prediction: Prediction, top: int) -> dict:
+    if not prediction.logits.isfinite().all():
+        raise Refused(
+            422, f"The adapter {prediction.adapter!r} gives scores that are not finite: its numbers are too large."
+        )
     labels = [{"label": label, "score": score} for label, score in prediction.top(top)]
     return {"adapter": prediction.adapter, "labels": labels}
 
@@ -56,8 +75,9 @@ def unknown(name: str) -> Refused:
     return Refused(404, f"No adapter is called {name!r}; GET /adapters lists all.")
 
 
-# Ray Serve copies the class as it stands here: what it uses of this file is above.
-@serve.deployment(max_ongoing_requests=256, max_queued_requests=1000, health_check_period_s=2)
+# Ray Serve copies the class as it stands here: what it uses of this file is above. Requests that are still arriving
+# take no more than a coroutine each, so that thousands are let in, and /health is never behind them in a queue.
+@serve.deployment(max_ongoing_requests=10_000, max_queued_requests=1000, health_check_period_s=2)
 @serve.ingress(app)
 class Service:
     """One replica.
@@ -78,38 +98,38 @@ class Service:
         self.catalogue = Catalogue(Path(settings.state))
         self.pool = ServedPool(make_pool(vit, settings), self.catalogue, vit.device)
         self.replica = serve.get_replica_context().replica_id.unique_id
-        self.metrics = Metrics(Path(settings.state, "metrics"), self.replica)
         self.classify.set_max_batch_size(settings.max_batch_size)
         self.classify.set_batch_wait_timeout_s(settings.batch_wait)
         self.idle = asyncio.Event()
         self.idle.set()
-        threading.Thread(target=self.write_metrics, daemon=True).start()
+        self.waiting = self.num_batches = self.num_pairs = 0
 
     @app.get("/")
     def page(self) -> FileResponse:
         return FileResponse(Path(__file__).with_name("page.html"))
 
-    @app.post("/predict")
-    async def predict(self, request: Request, top: Annotated[int, Query(ge=1)] = 10) -> dict:
-        """Labels and scores of the image in the body, for each adapter in the query: ``?adapter=a&adapter=b``."""
-        start = time.perf_counter()
-        status = 500
+    @app.post("/predict", openapi_extra=IMAGE_BODY)
+    async def predict(
+        self,
+        request: Request,
+        adapter: Annotated[list[str], Query(default_factory=list, description="Name of an adapter; may be repeated.")],
+        top: Annotated[int, Query(ge=1, description="Number of labels in the answer.")] = 10,
+    ) -> dict:
+        """Labels and scores of an image for each adapter: send the file as the body, or as ``file`` of a form."""
+        names = check_adapters(adapter, self.pool.known())
+        data = await read_body(request, self.settings.max_body_bytes, self.settings.read_timeout)
+        if self.waiting + len(names) > MAX_WAITING:
+            raise Refused(503, f"{self.waiting} predictions are waiting already; send the request again later.")
+        self.waiting += len(names)
         try:
-            names = check_adapters(request.query_params.getlist("adapter"), self.pool.known())
-            length = request.headers.get("content-length")
-            data = await read_body(request.stream(), length, self.settings.max_body_bytes)
             pixels = await asyncio.to_thread(self.prepare, data)
             predictions = await asyncio.gather(*(self.classify_in_turn(pixels, name) for name in names))
-            for prediction in predictions:
-                if isinstance(prediction, Refused):
-                    raise prediction
-            status = 200
-            return {"predictions": [as_json(prediction, top) for prediction in predictions]}
-        except Refused as refused:
-            status = refused.status
-            raise
         finally:
-            self.metrics.count_request(status, time.perf_counter() - start)
+            self.waiting -= len(names)
+        for prediction in predictions:
+            if isinstance(prediction, Refused):
+                raise prediction
+        return {"predictions": [as_json(prediction, top) for prediction in predictions]}
 
     @app.get("/adapters")
     def list_adapters(self) -> dict:
@@ -130,20 +150,20 @@ class Service:
             "labels": config.get("labels"),
             "blocks": blocks,
             "matrices": matrices,
-            "norms": [[None if isnan(norm) else norm for norm in row] for row in norms.tolist()],
+            "norms": [[norm if isfinite(norm) else None for norm in row] for row in norms.tolist()],
         }
 
-    @app.put("/adapters/{name:path}")
-    async def put_adapter(self, name: str, request: Request) -> dict:
+    @app.put("/adapters/{name:path}", openapi_extra=SOURCE_BODY)
+    async def put_adapter(self, name: str, request: Request, token: Token) -> dict:
         """Load an adapter, or a new version of it, into all replicas. One that does not fit changes nothing."""
-        check_token(request.headers.get("authorization"), self.token)
+        check_token(token and token.credentials, self.token)
         check_name(name)
-        body = await read_body(request.stream(), request.headers.get("content-length"), MAX_SOURCE_BYTES)
+        body = await read_body(request, MAX_SOURCE_BYTES, self.settings.read_timeout)
         return await asyncio.to_thread(self.load, name, check_source(body))
 
     @app.delete("/adapters/{name:path}")
-    def delete_adapter(self, name: str, request: Request) -> dict:
-        check_token(request.headers.get("authorization"), self.token)
+    def delete_adapter(self, name: str, token: Token) -> dict:
+        check_token(token and token.credentials, self.token)
         try:
             self.catalogue.remove(check_name(name))
         except KeyError:
@@ -152,14 +172,16 @@ class Service:
 
     @app.get("/health")
     def health(self) -> JSONResponse:
-        """Of the replica that happened to answer."""
+        """The replica that happens to answer: whether it has all adapters, and what it has done."""
         health = self.pool.health()
-        return JSONResponse({**health, "replica": self.replica}, 200 if health["status"] == "ok" else 503)
+        counts = {"waiting": self.waiting, "batches": self.num_batches, "pairs": self.num_pairs}
+        own = {"replica": self.replica, "pid": os.getpid(), "pool": self.pool.pool.stats(), **counts}
+        return JSONResponse({**health, **own}, 200 if health["status"] == "ok" else 503)
 
     @app.get("/metrics")
-    def show_metrics(self) -> dict:
-        self.metrics.write(self.pool.pool.stats())
-        return self.metrics.summary()
+    def metrics(self) -> PlainTextResponse:
+        """What Ray Serve counts on all machines: requests by status, latencies, batches."""
+        return PlainTextResponse(exposition(), media_type="text/plain; version=0.0.4")
 
     async def classify_in_turn(self, pixels: Tensor, name: str) -> Prediction | Refused:
         """Join the batch after the one that runs.
@@ -173,7 +195,8 @@ class Service:
     async def classify(self, items: list[tuple[Tensor, str]]) -> list[Prediction | Refused]:
         """Pairs of pixels (channels, height, width) and adapter, of whatever requests are waiting."""
         self.idle.clear()
-        self.metrics.count_batch(len(items))
+        self.num_batches += 1
+        self.num_pairs += len(items)
         try:
             return await asyncio.to_thread(self.pool.classify, items)
         finally:
@@ -181,12 +204,14 @@ class Service:
 
     def prepare(self, data: bytes) -> Tensor:
         """Pixels (channels, height, width) of an encoded image, as the model wants them."""
-        image = decode_image(data, self.settings.max_pixels)
+        return self.pixels_of(decode_image(data, self.settings.max_pixels))
+
+    def pixels_of(self, image: Image.Image) -> Tensor:
         return self.processor(image.convert(self.mode), return_tensors="pt")["pixel_values"][0]
 
     def load(self, name: str, source: Source) -> dict:
         if source.folder is not None:
-            files, described = from_folder(source.folder, Path(self.settings.adapters))
+            files, described = from_folder(source.folder, self.settings.adapters and Path(self.settings.adapters))
         else:
             files, described = from_hub(source.hub, source.revision, self.settings.hub_owners)
         replaced = name in self.pool.known()
@@ -194,15 +219,14 @@ class Service:
         return {"name": name, "source": described, "replaced": replaced}
 
     def try_loading(self, name: str, folder: Path) -> None:
-        """Refuse what the pool refuses, under a name that no request can have."""
-        check_processor(folder, json.loads(self.processor.to_json_string()))
+        """Refuse what the pool refuses, and what says nothing of a black image, under a name no request can have."""
+        check_files(folder, json.loads(self.processor.to_json_string()))
         try:
             self.pool.pool.load(name, folder)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise Refused(422, str(error)) from error
-        self.pool.pool.unload(name)
-
-    def write_metrics(self) -> None:
-        while True:
-            self.metrics.write(self.pool.pool.stats())
-            time.sleep(1)
+        try:
+            pixels = self.pixels_of(Image.new(self.mode, (64, 64)))
+            as_json(self.pool.pool(pixels[None].to(self.pool.device), [name])[0], top=1)
+        finally:
+            self.pool.pool.unload(name)

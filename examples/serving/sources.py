@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from validation import Refused
 
 MAX_SOURCE_BYTES = 10_000
+MAX_FILE_BYTES = {ADAPTER_FILES[0]: 10_000_000, ADAPTER_FILES[1]: 1_000_000_000, PROCESSOR_FILE: 10_000_000}
 HUB_ID = re.compile(r"([\w.-]+)/[\w.-]+")
 
 
@@ -31,13 +32,21 @@ def check_source(body: bytes) -> Source:
     return source
 
 
-def from_folder(name: str, allowed: Path) -> tuple[Path, str]:
-    """A folder below `allowed`, links followed, and what to call it."""
-    folder = (allowed / name).resolve()
-    if allowed.resolve() not in folder.parents:
-        raise Refused(403, f"folder={name!r} is not inside the folder of adapters that this service loads from.")
-    if not folder.is_dir():
-        raise Refused(404, f"folder={name!r} is not there, in the folder of adapters that this service loads from.")
+def from_folder(name: str, allowed: Path | None) -> tuple[Path, str]:
+    """A folder below `allowed`, in which the files lie too when links are followed, and what to call it."""
+    if allowed is None:
+        raise Refused(403, "This service loads from no folder: it was started without --adapters.")
+    outside = Refused(403, f"folder={name!r} is not inside the folder of adapters that this service loads from.")
+    try:
+        root, folder = allowed.resolve(), (allowed / name).resolve()
+        if root not in folder.parents:
+            raise outside
+        if not folder.is_dir():
+            raise Refused(404, f"folder={name!r} is not there, in the folder of adapters that this service loads from.")
+        if any(root not in (folder / file).resolve().parents for file in MAX_FILE_BYTES):
+            raise outside
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, links in a circle, a NUL
+        raise Refused(422, f"folder={name[:100]!r} cannot be the name of a folder.") from error
     return checked(folder, name), name
 
 
@@ -58,17 +67,37 @@ def checked(folder: Path, name: str) -> Path:
     for file in ADAPTER_FILES:
         if not (folder / file).is_file():
             raise Refused(422, f"{name!r} has no {file}. Only adapters saved as safetensors are loaded.")
+    for file, limit in MAX_FILE_BYTES.items():
+        if (folder / file).is_file() and (folder / file).stat().st_size > limit:
+            raise Refused(413, f"{name!r} has a {file} of more than {limit:,} bytes.")
     return folder
 
 
-def check_processor(adapter: Path, expected: dict) -> None:
-    """Refuse an adapter trained on pixels prepared in another way; all adapters of a batch see the same pixels."""
-    if (adapter / PROCESSOR_FILE).is_file():
-        own = json.loads((adapter / PROCESSOR_FILE).read_text())
-        for setting in ("size", "crop_size", "image_mean", "image_std", "rescale_factor", "do_normalize", "resample"):
-            if setting in own and own[setting] != expected.get(setting):
-                raise Refused(
-                    422,
-                    f"The adapter was trained on images with {setting}={own[setting]}; this service prepares them with "
-                    f"{setting}={expected.get(setting)}.",
-                )
+def check_files(adapter: Path, expected: dict) -> None:
+    """Refuse what the service could not answer with.
+
+    All adapters of a batch see the same pixels, so that each has to be trained on images prepared as `expected` says.
+    """
+    read_settings(adapter / ADAPTER_FILES[0])
+    if not (adapter / PROCESSOR_FILE).is_file():
+        return
+    own = read_settings(adapter / PROCESSOR_FILE)
+    for setting in ("size", "crop_size", "image_mean", "image_std", "rescale_factor", "do_normalize", "resample"):
+        if setting in own and own[setting] != expected.get(setting):
+            raise Refused(
+                422,
+                f"The adapter was trained on images with {setting}={own[setting]!r}; this service prepares them with "
+                f"{setting}={expected.get(setting)!r}.",
+            )
+
+
+def read_settings(file: Path) -> dict:
+    """A JSON object whose text can be sent on: JSON allows half of a surrogate pair, UTF-8 does not."""
+    try:
+        settings = json.loads(file.read_text())
+        json.dumps(settings, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Refused(422, f"{file.name} is no JSON that can be read: {error!r}.") from error
+    if not isinstance(settings, dict):
+        raise Refused(422, f"{file.name} holds no JSON object.")
+    return settings

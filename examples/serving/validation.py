@@ -1,15 +1,20 @@
 """What a request may hold. Whatever is refused carries the HTTP status and a sentence that says why."""
 
+import asyncio
 import hmac
 import io
 import re
 from collections.abc import AsyncIterator, Collection, Sequence
 
 from PIL import Image, ImageOps
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 MAX_ADAPTERS = 64
+MAX_ASPECT = 100  # longer side of an image by its shorter side
 
 
 class Refused(Exception):
@@ -43,39 +48,76 @@ def check_adapters(names: Sequence[str], known: Collection[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_token(authorization: str | None, token: str | None) -> None:
-    """Bearer authentication, in time that does not tell how much of a wrong token was right."""
-    expected = f"Bearer {token}"
-    if token and not hmac.compare_digest((authorization or "").encode(), expected.encode()):
+def check_token(given: str | None, token: str | None) -> None:
+    """Compare the bearer token of a request with the right one, in a time that does not depend on either."""
+    if token and not hmac.compare_digest((given or "").encode(), token.encode()):
         raise Refused(401, "Changing adapters needs the header 'Authorization: Bearer TOKEN' with the right token.")
 
 
-async def read_body(chunks: AsyncIterator[bytes], content_length: str | None, limit: int) -> bytes:
+async def limited(chunks: AsyncIterator[bytes], content_length: str | None, limit: int) -> AsyncIterator[bytes]:
     """A body of at most `limit` bytes. A longer one is refused by its header, or as soon as it has grown too long."""
-    too_long = Refused(413, f"The body is longer than {limit:,} bytes.")
+    too_long = Refused(413, f"The request is longer than {limit:,} bytes.")
     if content_length and content_length.isdecimal() and int(content_length) > limit:
         raise too_long
-    body = bytearray()
+    length = 0
     async for chunk in chunks:
-        body += chunk
-        if len(body) > limit:
+        length += len(chunk)
+        if length > limit:
             raise too_long
-    return bytes(body)
+        yield chunk
+
+
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+    """The bytes of a request, or of the file in its form.
+
+    Raises:
+        Refused: If there are more than `limit`, they take longer than `seconds`, or the form has no ``file``.
+    """
+    chunks = limited(request.stream(), request.headers.get("content-length"), limit)
+    is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
+    try:
+        return await asyncio.wait_for(read_form(request.headers, chunks) if is_form else joined(chunks), seconds)
+    except asyncio.TimeoutError:  # of Python 3.10 too
+        raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
+
+
+async def joined(chunks: AsyncIterator[bytes]) -> bytes:
+    return b"".join([chunk async for chunk in chunks])
+
+
+async def read_form(headers: Headers, chunks: AsyncIterator[bytes]) -> bytes:
+    """The file that ``curl -F file=@image.png`` sends."""
+    try:
+        form = await MultiPartParser(headers, chunks, max_files=1, max_fields=10).parse()
+    except MultiPartException as error:
+        raise Refused(422, f"The form cannot be read: {error.message}") from error
+    try:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise Refused(422, "The form has no file called 'file': send the image as file=@image.png.")
+        return await file.read()
+    finally:
+        await form.close()
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     """The picture, upright. Its size is read from the header, and refused if too large, before a pixel is decoded."""
     if not data:
-        raise Refused(422, "The body is empty: send the bytes of an image file.")
+        raise Refused(422, "The image is empty: send the bytes of an image file.")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own, larger limits
         raise Refused(413, f"The image is too large: {error}") from error
     except Exception as error:  # decoders fail in many ways, all of them the file's fault
-        raise Refused(415, f"The body is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image.") from error
+        raise Refused(415, f"The image is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image.") from error
     if image.width * image.height > max_pixels:
         raise Refused(
             413, f"The image has {image.width} x {image.height} pixels; at most {max_pixels:,} are decoded. Shrink it."
+        )
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        # Resizing the shorter side to the model's 224 pixels would make the longer one millions of pixels long.
+        raise Refused(
+            413, f"The image has {image.width} x {image.height} pixels; one side may be {MAX_ASPECT} times the other."
         )
     try:
         image.load()

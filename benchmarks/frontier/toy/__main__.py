@@ -1,7 +1,7 @@
 """Accuracy against trainable parameters on a small ViT and tasks made by rule: the quick mode of `benchmarks.frontier`.
 
     python -m benchmarks.frontier.toy --data FOLDER                                  # measures what is missing
-    python -m benchmarks.frontier.toy --write benchmarks/frontier/toy/README.md      # tables and plot of what there is
+    python -m benchmarks.frontier.toy --write benchmarks/frontier/toy/MEASURED.md    # tables and plot of what there is
     python -m benchmarks.frontier.toy --data FOLDER --backbone VIT --output OUT --write PAGE    # on another backbone
     python -m benchmarks.frontier.toy --data FOLDER --default_seeds 20    # as frontier.default does
 

@@ -32,7 +32,7 @@ MAX_DIMENSIONS = 8
 PREAMBLE = struct.Struct("<4sBBBBI")
 LARGEST = torch.finfo(torch.float32).max
 # Fractions of the scale that reaches the largest number of a group. Clipping may cost less than coarse steps for all.
-CLIPPING = torch.linspace(1, 0.3, 29)
+CLIPPING = torch.linspace(1, 0.3, 29, device="cpu").tolist()
 
 
 def pack(tensor: Tensor, bits: int, group: int = GROUP) -> Tensor:
@@ -90,8 +90,7 @@ def rounded(tensor: Tensor, bits: int, group: int = GROUP) -> Tensor:
 
 def is_packed(tensor: Tensor) -> bool:
     """Whether a tensor begins as the bytes of a packed one do."""
-    magic = torch.tensor(list(MAGIC), dtype=torch.uint8)
-    return tensor.dtype == torch.uint8 and tensor.dim() == 1 and torch.equal(tensor[: len(MAGIC)].cpu(), magic)
+    return tensor.dtype == torch.uint8 and tensor.dim() == 1 and tensor[: len(MAGIC)].tolist() == list(MAGIC)
 
 
 def read_preamble(packed: Tensor) -> tuple[int, int, tuple[int, ...]]:
@@ -153,11 +152,11 @@ def padded(numbers: Tensor, multiple: int) -> Tensor:
 def join_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes (n,) of so many bits as bytes."""
     per_byte = 8 // bits
-    shifts = torch.arange(per_byte, dtype=torch.uint8) * bits
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=codes.device) * bits
     return (padded(codes, per_byte).view(-1, per_byte) << shifts).sum(1, dtype=torch.uint8)
 
 
 def split_bits(data: Tensor, bits: int) -> Tensor:
     """The codes in bytes, those in unused bits included."""
-    shifts = torch.arange(8 // bits, dtype=torch.uint8) * bits
+    shifts = torch.arange(8 // bits, dtype=torch.uint8, device=data.device) * bits
     return ((data[:, None] >> shifts) & (2**bits - 1)).flatten()

@@ -55,6 +55,15 @@ def walk(module: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None
             yield from walk(child, full_name, seen)
 
 
+def replace_everywhere(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in all places where modules are, except inside the others themselves."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            replacement = replacements.get(child) if child is not None else None
+            if replacement is not None and replacement is not parent:
+                setattr(parent, name, replacement)
+
+
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
     """Shapes of all linear layers below `module`, in order.
 

@@ -57,5 +57,5 @@ def hotswap_adapter(
     loaded.labels, loaded.storage = saved.config.labels, saved.config.storage
     loaded.head_storage = saved.config.head_storage
     for stack in model.modules():
-        if isinstance(stack, FacTStack) and adapter_name in stack.fact_config:
+        if isinstance(stack, FacTStack) and adapter_name in stack.fact_U:
             stack.fact_V[adapter_name].mul_(saved.config.scaling / loaded.scaling)

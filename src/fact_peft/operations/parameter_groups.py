@@ -65,7 +65,7 @@ def parameter_groups(
 def starts(stacks: Iterable[FacTStack]) -> set[bool | str]:
     """The `init_weights` of the adapters that are trained."""
     return {
-        stack.fact_config[name].init_weights
+        stack.configs[name].init_weights
         for stack in stacks
         for name, factor in stack.fact_U.items()
         if factor.requires_grad

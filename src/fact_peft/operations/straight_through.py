@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapter.config import fact_config
@@ -21,7 +21,7 @@ class StraightThrough:
 
     The gradient at the rounded numbers is taken for that at the exact ones (straight-through estimator; Bengio, Leonard
     and Courville 2013, arXiv 1308.3432). Between steps, so also when the model is evaluated or saved, it holds the
-    rounded numbers.
+    rounded numbers. What somebody else writes then, as loading a state dict or a hot-swap does, is trained on as it is.
 
         StraightThrough(model, optimizer, "int4")  # in a loop of one's own, before the last epochs
 
@@ -47,7 +47,7 @@ class StraightThrough:
         config = fact_config(model, adapter_name)
         settled = replace(config, storage=storage, head_storage=head_storage)  # for its checks
         stacks = [stack.factors(adapter_name) for stack in stacks_of(model, adapter_name)]
-        self._storages: dict[nn.Parameter, str | None] = {
+        self._storages: dict[Tensor, str | None] = {
             **{parameter: storage for factors in stacks for parameter in factors.values()},
             **{parameter: settled.storage_of_heads for parameter in head_parameters(model, adapter_name)},
         }
@@ -60,6 +60,7 @@ class StraightThrough:
         optimizer = getattr(optimizer, "optimizer", optimizer)
         with torch.no_grad():
             self._exact = {parameter: parameter.detach().clone() for parameter in self._storages}
+            self._rounded: dict[Tensor, Tensor] = {}
             self._round()
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -74,7 +75,8 @@ class StraightThrough:
     @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
         for parameter, exact in self._exact.items():
-            parameter.copy_(exact)
+            if torch.equal(parameter, self._rounded[parameter].to(parameter)):
+                parameter.copy_(exact)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
@@ -85,11 +87,12 @@ class StraightThrough:
     def _round(self) -> None:
         for parameter, storage in self._storages.items():
             parameter.copy_(to_storage("parameter", parameter, storage, packing=rounded))
+            self._rounded[parameter] = parameter.detach().clone()
 
 
 def stacks_of(model: nn.Module, adapter_name: str) -> list[FacTStack]:
     """The stacks that an adapter has factors in."""
-    return [m for m in model.modules() if isinstance(m, FacTStack) and adapter_name in m.fact_config]
+    return [m for m in model.modules() if isinstance(m, FacTStack) and adapter_name in m.fact_U]
 
 
 def head_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:

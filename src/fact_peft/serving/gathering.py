@@ -1,4 +1,4 @@
-"""From the adapter of every image to the factors and heads of a batch: adapters of one form go together."""
+"""From the adapter of every image to the factors and heads of a batch: adapters of one spec go together."""
 
 from __future__ import annotations
 
@@ -7,106 +7,85 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..method.per_image import FactorBank, padded
-from .form import Form
-from .network import Network, PooledBatch
+from ..method.per_image import FactorBank, joined, of_images, reordered
+from ..tuner.mixed_batch import MixedBatch
+from .adapter_spec import AdapterSpec
 from .pooled_adapter import PooledAdapter
+from .pooled_model import PooledModel
 
 Owner = tuple[PooledAdapter, Tensor]  # an adapter and its numbers
+# Adapters of one spec: their tensors (n, ...) by stack or "" and name, and their scales (n,).
+Group = tuple[AdapterSpec, dict[tuple[str, str], Tensor], Tensor]
 
 
-def gather(owners: Sequence[Owner | None], network: Network, dtype: torch.dtype) -> PooledBatch:
+def gather(owners: Sequence[Owner | None], model: PooledModel, dtype: torch.dtype) -> MixedBatch:
     """The factors and heads of a batch.
 
-    Ranks and numbers of labels are brought to the next power of two, so that a compiled network sees few shapes.
+    Ranks and numbers of labels are brought to the next power of two, so that a compiled model sees few shapes.
 
     Args:
         owners: The adapter of every image; None for the base model alone. At least one is not None.
-        network: Where they will be used.
+        model: Where they will be used.
         dtype: In which to multiply.
     """
-    groups = list(grouped(owners, network.reference.device))
-    rank = bucket(max(form.rank for form, _, _, _ in groups))
-    num_images = len(owners)
+    by_spec: dict[AdapterSpec, dict[PooledAdapter, Tensor]] = {}
+    for version, vector in filter(None, owners):
+        by_spec.setdefault(version.spec, {})[version] = vector
+    versions = [version for vectors in by_spec.values() for version in vectors]
+    place_of = {version: place for place, version in enumerate([*versions, None])}
+    places = [place_of[owner and owner[0]] for owner in owners]
+    groups = list(stacked(by_spec, model.reference.device))
+    with_base = len(versions) in places
 
-    def assemble(parts: Sequence[tuple[list[int], Tensor]], size: Sequence[int]) -> Tensor:
-        """One tensor (images, *size) of parts, each with the images it is for."""
-        if len(parts) == 1 and len(parts[0][0]) == num_images:
-            return padded(parts[0][1], (num_images, *size)).to(dtype)
-        whole = parts[0][1].new_zeros((num_images, *size), dtype=dtype)
-        for images, part in parts:
-            whole[images] = padded(part, (len(part), *size)).to(dtype)
-        return whole
-
-    factors = {}
-    for stack in dict.fromkeys(stack for form, _, _, _ in groups for stack in form.factors):
-        U, cores, V = [], [], []
-        for form, images, tensors, scales in groups:
-            if stack in form.factors:
-                terms = form.terms(tensors, stack)
-                U.append((images, terms[0]))
-                cores.append((images, in_order_of(network, form, stack, terms[1] * scales[:, None, None, None])))
-                V.append((images, terms[2]))
-        sizes = (U[0][1].shape[1], rank), (network.num_slices[stack], rank, rank), (V[0][1].shape[1], rank)
-        factors[stack] = FactorBank(*(assemble(part, size) for part, size in zip((U, cores, V), sizes, strict=True)))
+    rank = next_power_of_two(max(spec.rank for spec in by_spec))
+    banks = {}
+    for stack in dict.fromkeys(stack for spec in by_spec for stack in spec.factors):
+        parts = [bank_of(group, stack, model) for group in groups] + [FactorBank.empty(1)] * with_base
+        bank = FactorBank.join(parts, model.num_slices[stack], rank)
+        banks[stack] = bank.to(model.reference.device, dtype).of_images(places)
 
     heads = {}
-    for name, base in network.heads.items():
-        outputs = bucket(
-            max(base.out_features, *(form.heads.get(f"{name}.weight", (0,))[0] for form, _, _, _ in groups))
+    for name, base in model.heads.items():
+        outputs = next_power_of_two(
+            max(base.out_features, *(spec.heads.get(f"{name}.weight", (0,))[0] for spec in by_spec))
         )
-        head: list[Tensor | None] = []
-        for kind, frozen in (("weight", base.weight), ("bias", base.bias)):
-            key = f"{name}.{kind}"
-            parts = [(images, tensors["", key]) for form, images, tensors, _ in groups if key in form.heads]
-            given = [image for form, images, _, _ in groups if key in form.heads for image in images]
-            others = sorted(set(range(num_images)) - set(given))
-            if others and frozen is not None:
-                parts.append((others, frozen.detach().expand(len(others), *frozen.shape)))
-            head.append(None if frozen is None else assemble(parts, (outputs, *frozen.shape[1:])))
-        assert head[0] is not None
-        heads[name] = head[0], head[1]
-    return PooledBatch(num_images, factors, heads)
+
+        def of_all(kind: str, frozen: Tensor, *least: int, name: str = name) -> Tensor:
+            ours = frozen.detach()[None]
+            parts = [
+                tensors.get(("", f"{name}.{kind}"), ours.expand(len(scales), *frozen.shape))
+                for _, tensors, scales in groups
+            ]
+            return of_images(joined(parts + [ours] * with_base, *least).to(dtype), places)
+
+        bias = None if base.bias is None else of_all("bias", base.bias, outputs)
+        heads[name] = of_all("weight", base.weight, outputs, base.in_features), bias
+
+    def bank_in(stack: str, device: torch.device, dtype: torch.dtype) -> FactorBank | None:
+        return banks[stack].to(device, dtype) if stack in banks else None
+
+    return MixedBatch(places, bank_in, heads=heads)
 
 
-def grouped(
-    owners: Sequence[Owner | None], device: torch.device
-) -> Iterator[tuple[Form, list[int], dict[tuple[str, str], Tensor], Tensor]]:
-    """For each form among the adapters of a batch: the images it has, their tensors and their scales."""
-    images_of: dict[Form, list[int]] = {}
-    for image, owner in enumerate(owners):
-        if owner is not None:
-            images_of.setdefault(owner[0].form, []).append(image)
-    for form, images in images_of.items():
-        mine = [owner for owner in owners if owner is not None and owner[0].form is form]
-        distinct = list({version: vector for version, vector in mine}.items())
-        vectors = torch.stack([vector for _, vector in distinct]).to(device)
+def stacked(by_spec: dict[AdapterSpec, dict[PooledAdapter, Tensor]], device: torch.device) -> Iterator[Group]:
+    """The adapters of every spec in tensors."""
+    for spec, vectors in by_spec.items():
+        numbers = torch.stack(list(vectors.values())).to(device)
         # Sums of products of few numbers: in half precision they would lose what their storage has kept.
-        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        scales = torch.tensor([version.scale for version, _ in distinct], dtype=vectors.dtype, device=device)
-        if len(distinct) < len(mine):
-            places = {version: place for place, (version, _) in enumerate(distinct)}
-            index = torch.tensor([places[version] for version, _ in mine], device=device)
-            vectors, scales = vectors[index], scales[index]
-        yield form, images, form.split(vectors), scales
+        numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+        scales = torch.tensor([version.scale for version in vectors], dtype=numbers.dtype, device=device)
+        yield spec, spec.split(numbers), scales
 
 
-def in_order_of(network: Network, form: Form, stack: str, cores: Tensor) -> Tensor:
-    """Cores (n, N, r, r) in the order of the network's slices; zeros where an adapter has none."""
-    slices = [*network.slices.items(), *network.slices_by_block.items()]
-    ours = {layer: owned for layer, owned in slices if owned.stack == stack}
-    absent = cores.shape[1]
-    order = []
-    for layer, owned in ours.items():
-        theirs = form.slices.get(layer)
-        places = [None] * owned.count if theirs is None else theirs.places
-        order += [absent if place is None else place for place in places]
-    if order[:absent] == list(range(absent)):  # the usual case: all layers of the blocks, which come first
-        return cores
-    with_absent = torch.nn.functional.pad(cores, (0, 0, 0, 0, 0, 1))
-    return with_absent[:, torch.tensor(order, device=cores.device)]
+def bank_of(group: Group, stack: str, model: PooledModel) -> FactorBank:
+    """The factors of a group in a stack, with cores in the order of the model's slices."""
+    spec, tensors, scales = group
+    if stack not in spec.factors:
+        return FactorBank.empty(len(scales))
+    U, cores, V = spec.terms(tensors, stack)
+    cores = reordered(cores * scales[:, None, None, None], spec.slices, model.slices_of[stack])
+    return FactorBank(U, cores, V)
 
 
-def bucket(number: int) -> int:
-    """The next power of two."""
+def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
 from ..method.fused_linear import autocast_dtype
-from ..tuner.call import BASE
+from ..tuner.batch_axis import check_batch_axis
+from ..tuner.mixed_batch import BASE, calling_with
 from .adapter_cache import AdapterCache
 from .gathering import gather
-from .network import Network, calling_with
 from .pooled_adapter import PooledAdapter, increment_norms, pooled, read
+from .pooled_model import PooledModel
 from .prediction import Prediction
 
 Source = str | Path | Adapter | tuple[FacTConfig, dict[str, Tensor]]
@@ -54,11 +55,11 @@ class AdapterPool:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype} is none of {', '.join(map(str, DTYPES))}.")
-        self.network = Network(vit)
+        self.model = PooledModel(vit)
         self.dtype = dtype
-        self._run: Any = self.network.module
+        self._run: Any = self.model.module
         self._lock = Lock()  # of the two below
-        self._cache = AdapterCache(self.network.reference.device, device_capacity, host_capacity, spill_folder)
+        self._cache = AdapterCache(self.model.reference.device, device_capacity, host_capacity, spill_folder)
         self._versions: dict[str, PooledAdapter] = {}
         self._loads = 0
 
@@ -78,7 +79,7 @@ class AdapterPool:
         """
         if not isinstance(name, str) or not name or name == BASE:
             raise ValueError(f"name={name!r} cannot name an adapter; pass a string that is not empty nor {BASE!r}.")
-        version, vector = pooled(name, read(source, revision, token), self.network, self.dtype)
+        version, vector = pooled(name, read(source, revision, token), self.model, self.dtype)
         with self._lock:
             self._cache.put(version, vector)
             earlier = self._versions.get(name)
@@ -128,7 +129,7 @@ class AdapterPool:
     def compile(self, **options: Any) -> None:
         """Compile the model with ``torch.compile``. Other adapters do not compile it again; a rank or a number of
         labels beyond the next power of two, and another batch size, may."""
-        self._run = torch.compile(self.network.module, **options)
+        self._run = torch.compile(self.model.module, **options)
 
     @torch.no_grad()
     def __call__(
@@ -167,15 +168,18 @@ class AdapterPool:
         rows = [image for image, _ in asked]
         if rows != list(range(len(pixel_values))):
             pixel_values = pixel_values[torch.tensor(rows, device=pixel_values.device)]
-        dtype = autocast_dtype(pixel_values) or self.network.reference.dtype
-        with calling_with(gather(owners, self.network, dtype) if any(owners) else None):
+        dtype = autocast_dtype(pixel_values) or self.model.reference.dtype
+        batch = gather(owners, self.model, dtype) if any(owners) else None
+        if batch is not None:
+            check_batch_axis(self.model.module, batch, (pixel_values,), {})
+        with calling_with(batch):
             output = self._run(pixel_values)
-        # Cloned, since a compiled network may write its next output into the same memory.
+        # Cloned, since a compiled model may write its next output into the same memory.
         logits = (output if isinstance(output, Tensor) else output.logits).clone()
         predictions = []
         for (_, name), version, scores in zip(asked, versions, logits, strict=True):
-            num_labels = self.network.num_labels if version is None else version.num_labels
-            labels = self.network.labels if version is None else version.labels
+            num_labels = self.model.num_labels if version is None else version.num_labels
+            labels = self.model.labels if version is None else version.labels
             predictions.append(Prediction(name, scores[:num_labels], labels))
         return predictions
 

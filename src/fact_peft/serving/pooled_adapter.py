@@ -12,8 +12,8 @@ from torch import Tensor
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
 from ..method.decomposition import core_grid, core_matrix, increment_norm
-from .form import Form, form_of
-from .network import Network
+from .adapter_spec import AdapterSpec, spec_of
+from .pooled_model import PooledModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,14 +21,14 @@ class PooledAdapter:
     """What an adapter is beside its numbers, which lie in an `AdapterCache`.
 
     Attributes:
-        form: Names and shapes of its numbers.
+        spec: Names and shapes of its numbers.
         scale: The scale s.
         labels: The class names.
         num_labels: The number of its logits.
         num_bytes: What its numbers take.
     """
 
-    form: Form
+    spec: AdapterSpec
     scale: float
     labels: list[str] | None
     num_labels: int
@@ -53,35 +53,35 @@ def read(source: Any, revision: str | None, token: str | bool | None) -> Adapter
     )
 
 
-def pooled(name: str, adapter: Adapter, network: Network, dtype: torch.dtype) -> tuple[PooledAdapter, Tensor]:
+def pooled(name: str, adapter: Adapter, model: PooledModel, dtype: torch.dtype) -> tuple[PooledAdapter, Tensor]:
     """What the pool keeps of an adapter, and its numbers as one vector in host memory.
 
     Raises:
         ValueError: If it cannot be pooled; says the adapter and why.
     """
     config = adapter.config
-    reasons = objections(adapter, network)
+    reasons = objections(adapter, model)
     if not reasons:
         shapes = tuple((key, tuple(tensor.shape)) for key, tensor in adapter.others.items())
-        form = form_of(tuple(config.layout or ()), config.share, config.decomposition, config.rank, shapes)
+        spec = spec_of(tuple(config.layout or ()), config.share, config.decomposition, config.rank, shapes)
         tensors = {(stack, letter): t for stack, group in adapter.factors.items() for letter, t in group.items()}
-        vector = form.join(tensors | {("", key): tensor for key, tensor in adapter.others.items()}, dtype)
+        vector = spec.join(tensors | {("", key): tensor for key, tensor in adapter.others.items()}, dtype)
         if not torch.isfinite(vector).all():
             reasons.append(f"it holds NaN, infinity, or numbers too large for {dtype}")
     if reasons:
         raise ValueError(f"Adapter {name!r} cannot be pooled: {'; '.join(reasons)}.")
-    shape = form.heads.get(f"{list(network.heads)[-1]}.weight")
-    num_labels, labels = (network.num_labels, network.labels) if shape is None else (shape[0], config.labels)
+    shape = spec.heads.get(f"{list(model.heads)[-1]}.weight")
+    num_labels, labels = (model.num_labels, model.labels) if shape is None else (shape[0], config.labels)
     if labels is not None and len(labels) != num_labels:
         raise ValueError(f"Adapter {name!r} cannot be pooled: it has {len(labels)} labels for {num_labels} logits.")
-    return PooledAdapter(form, config.scaling, labels, num_labels, vector.nbytes), vector
+    return PooledAdapter(spec, config.scaling, labels, num_labels, vector.nbytes), vector
 
 
-def objections(adapter: Adapter, network: Network) -> list[str]:
-    """Why an adapter does not belong on a network, by its names and shapes."""
+def objections(adapter: Adapter, model: PooledModel) -> list[str]:
+    """Why an adapter does not belong on a model, by its names and shapes."""
     config, reasons = adapter.config, []
     for layer, owned in adapter.slices.items():
-        own = network.slices.get(layer)
+        own = model.slices.get(layer)
         if own is None:
             reasons.append(f"it adapts {layer}, which is no linear layer that this model calls outside its head")
         elif (owned.in_features, owned.out_features) != (own.in_features, own.out_features):
@@ -95,13 +95,13 @@ def objections(adapter: Adapter, network: Network) -> list[str]:
         reasons.append(f"it has trained biases (bias={config.bias!r}) of layers that all adapters share")
     for key, tensor in adapter.others.items():
         head, _, kind = key.rpartition(".")
-        base = getattr(network.heads.get(head), kind, None)
+        base = getattr(model.heads.get(head), kind, None)
         if not isinstance(base, Tensor) or kind not in ("weight", "bias"):
             if config.bias == "none" or kind != "bias":
-                reasons.append(f"it has trained {key}, which is not part of the head ({', '.join(network.heads)})")
+                reasons.append(f"it has trained {key}, which is not part of the head ({', '.join(model.heads)})")
         elif tensor.shape[1:] != base.shape[1:] or tensor.dim() != base.dim():
             reasons.append(f"its {key} is {list(tensor.shape)}, but {list(base.shape)} in this model")
-    for head, base in network.heads.items():
+    for head, base in model.heads.items():
         kinds = {kind for kind in ("weight", "bias") if getattr(base, kind) is not None}
         given = {kind for kind in kinds if f"{head}.{kind}" in adapter.others}
         if given and given != kinds:
@@ -114,11 +114,11 @@ def objections(adapter: Adapter, network: Network) -> list[str]:
 
 def increment_norms(adapter: PooledAdapter, vector: Tensor) -> dict[str, float]:
     """Frobenius norm of dW, scale included, by layer name."""
-    form = adapter.form
-    tensors = form.split(vector.cpu().double()[None])
-    terms = {stack: [term[0] for term in form.terms(tensors, stack)] for stack in form.factors}
+    spec = adapter.spec
+    tensors = spec.split(vector.cpu().double()[None])
+    terms = {stack: [term[0] for term in spec.terms(tensors, stack)] for stack in spec.factors}
     norms = {}
-    for layer, owned in form.slices.items():
+    for layer, owned in spec.slices.items():
         U, cores, V = terms[owned.stack]
         core = core_matrix(core_grid(cores.narrow(0, owned.first, owned.count), owned))
         norms[layer] = increment_norm(U, core, V, adapter.scale)

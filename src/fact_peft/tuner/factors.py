@@ -8,6 +8,7 @@ counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeR
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,11 +57,13 @@ class SharedFactors(nn.ModuleDict):
     they are not saved with the adapter.
 
     Attributes:
+        configs: The model's own config of each adapter. Stacks and heads read this very dict.
         frozen_norms: The layers to keep in evaluation mode.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.configs: dict[str, FacTConfig] = {}
         self.frozen_norms: list[nn.Module] = []  # a list hides them from nn.Module
 
     def keep_statistics(self, model: nn.Module) -> None:
@@ -79,6 +82,14 @@ class SharedFactors(nn.ModuleDict):
             norm.eval()
         return self
 
+    def stack_for(self, slices: Slices) -> FacTStack:
+        """The stack that holds `slices`, created where it is missing."""
+        if slices.stack not in self:
+            self[slices.stack] = FacTStack(slices.in_width, slices.out_width, self.configs)
+        stack = self[slices.stack]
+        assert isinstance(stack, FacTStack)
+        return stack
+
     def forward(self, x: Tensor) -> Tensor:
         """Pass through, so that an ``nn.Sequential``, which calls all its children, can carry the factors too."""
         return x
@@ -88,36 +99,38 @@ class FacTStack(nn.Module, FacTLayer):
     """The factors of all slices of one shape, for every adapter of the model.
 
     Paper letters: ``fact_U`` (d, r), ``fact_V`` (e, r), ``fact_Sigma`` (N, r, r) for tensor-train, ``fact_C``
-    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. ``fact_config`` has, per
-    adapter, the model's own config: scale, dropout and decomposition are read from there.
+    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. Scale, dropout and
+    decomposition are read from the adapter's config when they are needed.
     """
 
     adapter_layer_names = ("fact_U", "fact_V", *(f"fact_{name}" for name in CORE_FACTORS))
-    other_param_names = ("fact_config",)
+    other_param_names = ("configs",)
     fact_U: nn.ParameterDict
     fact_V: nn.ParameterDict
     # BaseTunerLayer looks these up in a base layer; a stack has none.
     weight = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, configs: dict[str, FacTConfig]) -> None:
         """
         Args:
             in_features: Inputs d of one slice.
             out_features: Outputs e of one slice.
+            configs: Of all adapters of the model, see `SharedFactors`.
         """
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.fact_config: dict[str, FacTConfig] = {}
-        self.merged_adapters = []
+        self.configs = configs
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        self.num_merged: Counter[str] = Counter()
         self.unloaded: set[str] = set()
 
     def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:
         """Create and initialise the factors of an adapter with `num_slices` slices in this stack."""
-        self.fact_config[adapter_name] = config
+        self.configs[adapter_name] = config
         decomposition = DECOMPOSITIONS[config.decomposition]
         shapes = decomposition.shapes(self.in_features, self.out_features, num_slices, config.rank)
         factors = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
@@ -127,26 +140,44 @@ class FacTStack(nn.Module, FacTLayer):
 
     def decomposition(self, adapter_name: str) -> Decomposition:
         """How the cores of an adapter are written."""
-        return DECOMPOSITIONS[self.fact_config[adapter_name].decomposition]
+        return DECOMPOSITIONS[self.configs[adapter_name].decomposition]
 
     def scale(self, adapter_name: str) -> float:
         """The scale s of an adapter."""
-        return self.fact_config[adapter_name].scaling
+        return self.configs[adapter_name].scaling
 
     def dropout(self, adapter_name: str) -> float:
         """The probability of dropout on an adapter's activation between core and V, when it trains."""
-        return float(self.fact_config[adapter_name].fact_dropout)
+        return float(self.configs[adapter_name].fact_dropout)
 
-    def factors(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The factors of an adapter under their paper letters."""
+    def factors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The factors of an adapter under their paper letters.
+
+        Raises:
+            RuntimeError: If accelerate has offloaded them and they are to be trained.
+        """
+        if self.unloaded:
+            self.check_loaded(adapter_name)
         names = ("U", "V", *self.decomposition(adapter_name).core_factors)
-        return {name: getattr(self, f"fact_{name}")[adapter_name] for name in names}
+        return {name: self._onloaded(getattr(self, f"fact_{name}"), adapter_name) for name in names}
+
+    def _onloaded(self, holder: nn.ParameterDict, adapter_name: str) -> Tensor:
+        """A factor, also if accelerate's offloading has it elsewhere: it is brought back for calls of `holder` only."""
+        factor: nn.Parameter = holder[adapter_name]
+        hook: Any = getattr(holder, "_hf_hook", None) if factor.is_meta else None
+        if hook is None:
+            return factor
+        if self.training and factor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"The factors of adapter {adapter_name!r} are offloaded and cannot be trained; offload the model first "
+                "and adapt it then."
+            )
+        offloaded: Tensor = hook.weights_map[adapter_name]
+        return offloaded
 
     def cores(self, adapter_name: str, slices: Slices) -> Tensor:
         """Sigma_k (count, r, r) of a layer's slices."""
-        decomposition = self.decomposition(adapter_name)
-        factors = {name: getattr(self, f"fact_{name}")[adapter_name] for name in decomposition.core_factors}
-        return decomposition.cores(factors, slices.first, slices.count)
+        return self.decomposition(adapter_name).cores(self.factors(adapter_name), slices.first, slices.count)
 
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """U (d, r), all cores Sigma_k (N, r, r) and V (e, r) of an adapter."""
@@ -166,7 +197,7 @@ class FacTStack(nn.Module, FacTLayer):
         Raises:
             ValueError: If the adapter is saved in integers or under other names, and was not loaded.
         """
-        config = self.fact_config[adapter_name]
+        config = self.configs[adapter_name]
         packed = bits_of(config.storage) or bits_of(config.storage_of_heads)
         renamed = config.share == "block" and config.renaming.changes_names
         if adapter_name in self.unloaded and (packed or renamed):
@@ -188,7 +219,32 @@ class FacTStack(nn.Module, FacTLayer):
             if factor.device.type != "meta":
                 factor.data = factor.data.to(device=device, dtype=dtype)
 
-    # PEFT asks every tuner layer to merge. The linear layers do, and keep `merged_adapters` of the stack current.
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """Adapters that a layer has merged, for PEFT's status of the model."""
+        return list(self.num_merged)
+
+    @ordinary_tensors()
+    def merge_in(self, adapter_name: str) -> dict[str, Tensor]:
+        """Count one more layer that has merged an adapter.
+
+        Returns:
+            Copies of the factors as they are now, for unmerging: one set for all layers, until a factor changes.
+        """
+        factors = self.factors(adapter_name)
+        copies = self.copies.get(adapter_name)
+        if copies is None or not all(torch.equal(copies[name], factor) for name, factor in factors.items()):
+            self.copies[adapter_name] = {name: factor.detach().clone() for name, factor in factors.items()}
+        self.num_merged[adapter_name] += 1
+        return self.copies[adapter_name]
+
+    def take_out(self, adapter_name: str) -> None:
+        """Count one layer less; after the last one, nothing is kept."""
+        self.num_merged[adapter_name] -= 1
+        if not self.num_merged[adapter_name]:
+            del self.num_merged[adapter_name], self.copies[adapter_name]
+
+    # PEFT asks every tuner layer to merge. The linear layers do.
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         pass

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +14,16 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture.linears import linear_shape
 from ..method.decomposition import contract, core_grid, core_matrix, expand, increment, low_rank_pair
 from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable, without_autocast
 from ..method.tensorization import Slices
-from .call import MixedBatch, current_batch
 from .factors import FacTLayer, FacTStack, ordinary_tensors
+from .mixed_batch import MixedBatch, current_batch
 from .per_image_weight import PerImageWeight
 
 
@@ -62,9 +63,11 @@ class FacTLinear(nn.Module, FacTLayer):
         self.fact_slices: dict[str, Slices] = {}
         # A plain dict hides the stacks from nn.Module, so that their factors belong to the model alone.
         self.fact_stacks: dict[str, FacTStack] = {}
-        self.merged_adapters = []
+        # What has been added to the weight, by adapter: factors, as they were then, and scale.
+        self.merged_factors: dict[str, tuple[Mapping[str, Tensor], float]] = {}
         self._disable_adapters = False
         self._active_adapter = []
+        self._recomputed_under_ddp = False
 
     def update_layer(self, adapter_name: str, slices: Slices, stack: FacTStack) -> None:
         """Let an adapter own `slices` of `stack`, and place the stack where its first layer is."""
@@ -72,18 +75,48 @@ class FacTLinear(nn.Module, FacTLayer):
         self.fact_stacks[adapter_name] = stack
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """What the increment is made of: U (d, r), the core matrix (a r, b r) and V (e, r)."""
-        stack, slices = self.fact_stacks[adapter_name], self.fact_slices[adapter_name]
-        if stack.unloaded:
-            stack.check_loaded(adapter_name)
-        U, V = stack.fact_U[adapter_name], stack.fact_V[adapter_name]
-        with without_autocast(U):  # Tucker's cores are products, whose gradients float16 could not hold
-            core = core_matrix(core_grid(stack.cores(adapter_name, slices), slices))
-        return U, core, V
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """Adapters whose increments are in the weight, in the order in which they were added."""
+        return list(self.merged_factors)
 
-    def _precise_terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        U, core, V = self.terms(adapter_name)
+    def terms(self, adapter_name: str, factors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the increment is made of: U (d, r), the core matrix (a r, b r) and V (e, r).
+
+        Args:
+            adapter_name: The adapter.
+            factors: Its factors, if not those that the stack has now.
+        """
+        self._check_reduced_once()
+        stack, slices = self.fact_stacks[adapter_name], self.fact_slices[adapter_name]
+        factors = stack.factors(adapter_name) if factors is None else factors
+        with without_autocast(factors["U"]):  # Tucker's cores are products, whose gradients float16 could not hold
+            cores = stack.decomposition(adapter_name).cores(factors, slices.first, slices.count)
+            core = core_matrix(core_grid(cores, slices))
+        return factors["U"], core, factors["V"]
+
+    def _check_reduced_once(self) -> None:
+        """Refuse reentrant checkpointing under DDP, whose replicas would diverge.
+
+        Every checkpointed segment then has a backward pass of its own, and DDP reduces the gradient of the factors
+        after the first. Such a segment is called without gradients first, and again inside the backward pass.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            ddp = DistributedDataParallel._get_active_ddp_module()
+            self._recomputed_under_ddp = ddp is not None and not ddp.static_graph and not torch.is_grad_enabled()
+        elif self._recomputed_under_ddp and torch.is_grad_enabled():
+            raise RuntimeError(
+                "Reentrant activation checkpointing under DistributedDataParallel would reduce the gradients of FacT's "
+                "shared factors before they are complete; pass use_reentrant=False to checkpointing, or static_graph="
+                "True to DistributedDataParallel."
+            )
+
+    def _precise_terms(
+        self, adapter_name: str, factors: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        U, core, V = self.terms(adapter_name, factors)
         dtype = torch.promote_types(U.dtype, torch.float32)
         return U.to(dtype), core.to(dtype), V.to(dtype)
 
@@ -108,21 +141,10 @@ class FacTLinear(nn.Module, FacTLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
-        if batch is not None and batch.shared is None:
-            return self._add_per_image(x, y, batch)
+        if batch is not None and self in batch.slices:
+            return batch.add(self.base_layer, x, y, batch.slices[self])
         for adapter_name in applied:
             y = self._add_increment(x, y, adapter_name)
-        return y
-
-    def _add_per_image(self, x: Tensor, y: Tensor, batch: MixedBatch) -> Tensor:
-        """y + x dW with the dW of every image's own adapter."""
-        dtype = autocast_dtype(x) or x.dtype
-        # Nobody else has seen what a plain layer gives.
-        in_place = not torch.is_grad_enabled() and is_fusable(self.base_layer)
-        for stack in {self.fact_stacks[name] for name in batch.distinct if name in self.fact_stacks}:
-            slices = {name: owned for name, owned in self.fact_slices.items() if self.fact_stacks[name] is stack}
-            factors = batch.factors(stack, x.device, dtype)
-            y = batch.add(x, y, factors, batch.cores(factors, stack, slices), in_place)
         return y
 
     def _forward_fused(self, x: Tensor, adapter_name: str) -> Tensor:
@@ -162,25 +184,31 @@ class FacTLinear(nn.Module, FacTLayer):
             self.unmerge()
         base_layer: Any = self.get_base_layer()  # not super().weight, which the compiler cannot follow
         weight: Tensor = base_layer.qweight if hasattr(base_layer, "qweight") else base_layer.weight
-        shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
-        # Sharded weights are flat (FSDP1, ZeRO-3) or no plain tensors (FSDP2).
-        whole = weight.shape == shape and type(weight.data) is Tensor and self.quantization_backend is None
-        if self.disable_adapters or self.merged or not whole:
+        can_add = self.quantization_backend is None and self._is_whole(weight)
+        if self.disable_adapters or self.merged or not can_add:
             return weight
         batch = current_batch(self)
-        if batch is not None and batch.shared is None and not self.fan_in_fan_out:
-            return PerImageWeight.of(weight, partial(self._add_per_image, batch=batch))
+        if batch is not None and self in batch.slices:
+            return PerImageWeight.of(weight, batch, base_layer, batch.slices[self])
         for adapter_name in self._applied_adapters(batch):
             weight = weight + self._delta_weight(adapter_name).to(weight)
         return weight if self.weight_hook is None else self.weight_hook(weight)
+
+    def _is_whole(self, weight: Tensor) -> bool:
+        """Whether a weight is not sharded: then it is flat (FSDP1, ZeRO-3) or a DTensor (FSDP2, tensor parallelism)."""
+        shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
+        return weight.shape == shape and not isinstance(weight, DTensor)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The increment in the orientation of the base weight, at least in float32, on the device of the factors."""
         return self._delta_weight(adapter_name)
 
-    def _delta_weight(self, adapter_name: str) -> Tensor:
-        delta = increment(*self._precise_terms(adapter_name), self.fact_stacks[adapter_name].scale(adapter_name))
+    def _delta_weight(
+        self, adapter_name: str, factors: Mapping[str, Tensor] | None = None, scale: float | None = None
+    ) -> Tensor:
+        scale = self.fact_stacks[adapter_name].scale(adapter_name) if scale is None else scale
+        delta = increment(*self._precise_terms(adapter_name, factors), scale)
         return delta if self.fan_in_fan_out else delta.t()
 
     @torch.no_grad()
@@ -191,18 +219,20 @@ class FacTLinear(nn.Module, FacTLayer):
         return A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
 
     @ordinary_tensors()
-    def merged_weight(self, adapter_name: str, sign: int = 1, check: bool = False) -> Tensor:
-        """The base weight plus `sign` times the increment: added in float32 or better, then cast back.
+    def merged_weight(self, adapter_name: str, check: bool = False) -> Tensor:
+        """The base weight plus the increment: added in float32 or better, then cast back.
 
         Raises:
             ValueError: With `check`, if the result holds NaN or infinity.
         """
-        weight = self.get_base_weight()
-        delta = self.get_delta_weight(adapter_name).to(weight.device)
-        merged = (weight + sign * delta).to(weight.dtype).contiguous()
+        merged = self._weight_plus(self._delta_weight(adapter_name))
         if check and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         return merged
+
+    def _weight_plus(self, delta: Tensor) -> Tensor:
+        weight = self.get_base_weight()
+        return (weight + delta.to(weight.device)).to(weight.dtype).contiguous()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the increments of adapters to the base weight. A quantised weight is quantised again, which rounds.
@@ -213,8 +243,11 @@ class FacTLinear(nn.Module, FacTLayer):
 
         Raises:
             TypeError: If the weight is quantised in a way that cannot be undone.
-            ValueError: With `safe_merge`, if the merged weight would hold NaN or infinity.
+            ValueError: If `why_not_mergeable` gives a reason, or with `safe_merge`, if the merged weight would hold NaN
+                or infinity.
         """
+        if reason := self.why_not_mergeable():
+            raise ValueError(f"An increment cannot be merged into {type(self.get_base_layer()).__name__}: {reason}.")
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.fact_slices:
                 continue
@@ -226,26 +259,35 @@ class FacTLinear(nn.Module, FacTLayer):
                     stacklevel=2,
                 )
             self.set_base_weight(weight)
-            self._mark_merged(adapter_name)
+            stack = self.fact_stacks[adapter_name]
+            self.merged_factors[adapter_name] = stack.merge_in(adapter_name), stack.scale(adapter_name)
 
+    @ordinary_tensors()
     def unmerge(self) -> None:
-        """Subtract the increments of all merged adapters again."""
+        """Subtract again what has been added, also if an adapter's factors or scale have changed since."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged:
-            adapter_name = self.merged_adapters[-1]
-            self.set_base_weight(self.merged_weight(adapter_name, sign=-1))
-            self._mark_unmerged(adapter_name)
+        for adapter_name in reversed(self.merged_adapters):
+            added = self._delta_weight(adapter_name, *self.merged_factors[adapter_name])
+            self.set_base_weight(self._weight_plus(-added))
+            del self.merged_factors[adapter_name]
+            self.fact_stacks[adapter_name].take_out(adapter_name)
 
-    def _mark_merged(self, adapter_name: str) -> None:
-        for owner in (self, self.fact_stacks[adapter_name]):
-            if adapter_name not in owner.merged_adapters:
-                owner.merged_adapters.append(adapter_name)
-
-    def _mark_unmerged(self, adapter_name: str) -> None:
-        for owner in (self, self.fact_stacks[adapter_name]):
-            if adapter_name in owner.merged_adapters:
-                owner.merged_adapters.remove(adapter_name)
+    def why_not_mergeable(self) -> str | None:
+        """Why an increment added to the base weight would be lost or fail; None if it would not."""
+        base_layer: Any = self.get_base_layer()
+        if self.quantization_backend is not None:
+            return None
+        if "weight" not in base_layer._parameters:
+            return (
+                "its weight is computed from other parameters (weight_norm, spectral_norm, prune, FSDP), and would be "
+                "computed anew without the increment; make it a parameter first, for instance with "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        weight: Any = base_layer.weight
+        if not self._is_whole(weight):
+            return "its weight is sharded over processes; gather it, or merge in one process"
+        return None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Place the factors of an adapter with the first layer of their stack, in its dtype if that is a float's."""

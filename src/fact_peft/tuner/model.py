@@ -18,15 +18,15 @@ from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig, fact_config
 from ..adapter.validation import FACTORS
 from ..architecture.multihead import close_attentions, open_attentions
-from ..method.tensorization import Slices, stack_sizes
+from ..method.tensorization import stack_sizes
 from ..upstream import ModulesToSaveWrapper, activate_heads
-from .call import calling_with, current_batch
+from .adapter_names import using_adapters
 from .combination import weighted_sum
-from .factors import FacTLayer, FacTStack, SharedFactors, ordinary_tensors
+from .factors import FacTLayer, SharedFactors, ordinary_tensors
 from .head import FacTHead, adopt_heads
 from .layer import FacTLinear
 from .loading import checked_state_dict, stored_state_dict
-from .mixed_batch import mixed_batch
+from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
 from .removal import adapter_config, discard, drop_empty_stacks, is_merged, own_stacks
 
@@ -62,7 +62,7 @@ class FacTModel(BaseTuner):
         """
         asked = self.peft_config[adapter_name]
         assert isinstance(asked, FacTConfig)
-        previous = adapter_config(model, adapter_name)
+        previous, is_saved = adapter_config(model, adapter_name), asked.layout is not None
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             if is_merged(model, adapter_name):
@@ -85,7 +85,7 @@ class FacTModel(BaseTuner):
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
             raise
-        if asked.layout is not None:
+        if is_saved:
             for stack in own_stacks(model):
                 stack.await_numbers(adapter_name)
         if adapter_name in self.active_adapters:
@@ -103,7 +103,7 @@ class FacTModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast, on_meta)
         if in_part:  # PEFT shortens long lists to what tells modules apart, which their parts are not
             config.target_modules = targets
-        adopt_heads(model, adapter_name, config)
+        adopt_heads(model, getattr(model, FACTORS).configs)
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
         getattr(model, FACTORS).keep_statistics(model)
 
@@ -122,10 +122,9 @@ class FacTModel(BaseTuner):
             if isinstance(module, FacTLinear) and module.fact_stacks.get(adapter_name) in stacks:
                 module.forget(adapter_name)
         for wrapper in self._heads():
-            if isinstance(wrapper, FacTHead) and wrapper.fact_config.get(adapter_name) is config is not None:
+            if isinstance(wrapper, FacTHead) and wrapper.configs.get(adapter_name) is config is not None:
                 others = [name for name in wrapper.active_adapters if name != adapter_name]
                 wrapper.delete_adapter(adapter_name, new_active_adapters=others)
-                del wrapper.fact_config[adapter_name]
         for stack in stacks:
             stack.forget(adapter_name)
         drop_empty_stacks(self.model)
@@ -161,8 +160,10 @@ class FacTModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, FacTConfig)
         slices = peft_config.slices[current_key]
-        stack = self._stack_for(slices)
-        if adapter_name not in stack.fact_config:
+        if not hasattr(self.model, FACTORS):
+            setattr(self.model, FACTORS, SharedFactors())
+        stack = getattr(self.model, FACTORS).stack_for(slices)
+        if adapter_name not in stack.fact_U:
             stack.add_adapter(adapter_name, peft_config, stack_sizes(peft_config.slices.values())[slices.stack])
         if not isinstance(target, FacTLinear):
             layer = FacTLinear(target, **get_quantization_kwargs(self.model))
@@ -173,15 +174,6 @@ class FacTModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also moves parameters over, of which FacT's layers have none, and fails on a head without a weight.
         setattr(parent, child_name, new_module)
-
-    def _stack_for(self, slices: Slices) -> FacTStack:
-        """The stack that holds `slices`, created where it is missing."""
-        if not hasattr(self.model, FACTORS):
-            setattr(self.model, FACTORS, SharedFactors())
-        stacks = getattr(self.model, FACTORS)
-        if slices.stack not in stacks:
-            stacks[slices.stack] = FacTStack(slices.in_width, slices.out_width)
-        return stacks[slices.stack]
 
     def _linears(self) -> Iterator[FacTLinear]:
         return (module for module in self.model.modules() if isinstance(module, FacTLinear))
@@ -196,6 +188,9 @@ class FacTModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable[name])
+        for head in self.model.modules():
+            if autocast_adapter_dtype and isinstance(head, FacTHead):
+                head.to_float32(adapter_name)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Change the scale s of an adapter, also after training; it is saved with the adapter.
@@ -276,9 +271,8 @@ class FacTModel(BaseTuner):
         self.active_adapter = active
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add increments to the base weights; see `BaseTuner.merge_adapter`. A refused `safe_merge` changes nothing."""
-        if safe_merge:
-            self._check_merge_is_finite(adapter_names)
+        """Add increments to the base weights; see `BaseTuner.merge_adapter`. A refused merge changes nothing."""
+        self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -288,26 +282,36 @@ class FacTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if merge and safe_merge:
-            self._check_merge_is_finite(adapter_names)
+        if merge:
+            self._check_mergeable(adapter_names, safe_merge)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if hasattr(self.model, FACTORS):
             delattr(self.model, FACTORS)
         close_attentions(self.model)
         return self.model
 
-    def _check_merge_is_finite(self, adapter_names: list[str] | None) -> None:
-        """Raise before the first layer is merged rather than at the first bad one."""
-        for layer in self._linears():
-            for adapter_name in layer.active_adapters if adapter_names is None else adapter_names:
-                if adapter_name in layer.fact_slices:
-                    layer.merged_weight(adapter_name, check=True)
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise before the first layer is merged rather than at the first bad one.
+
+        Raises:
+            ValueError: If a weight cannot take an increment, or with `safe_merge`, if a merged weight would not be
+                finite.
+        """
+        for path, layer in self.model.named_modules():
+            if not isinstance(layer, FacTLinear):
+                continue
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            for name in [name for name in names if name in layer.fact_slices]:
+                if reason := layer.why_not_mergeable():
+                    raise ValueError(f"An increment cannot be merged into {path}: {reason}.")
+                if safe_merge:
+                    layer.merged_weight(name, check=True)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is not None:
-            with mixed_batch(self.model, adapter_names, args, kwargs):
+            with using_adapters(self.model, adapter_names, args, kwargs):
                 yield
         elif current_batch() is not None:  # called inside another call, but not with its adapters
             with calling_with(None):
@@ -355,5 +359,6 @@ class FacTModel(BaseTuner):
         except ValueError:
             if any(adapter_name in stack.unloaded for stack in own_stacks(model)):
                 discard(model, adapter_name)
-                model.peft_config.pop(adapter_name, None)
+                configs: Any = model.peft_config
+                configs.pop(adapter_name, None)
             raise

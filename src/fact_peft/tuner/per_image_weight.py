@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
+
+from ..method.tensorization import Slices
+from .mixed_batch import MixedBatch
 
 # What one may ask a weight without using its numbers.
 LOOKS = {
@@ -23,23 +26,25 @@ class PerImageWeight(Tensor):
     """
 
     frozen: Tensor
-    add_increments: Callable[[Tensor, Tensor], Tensor]
+    batch: MixedBatch
+    base_layer: nn.Module
+    owned: Mapping[Hashable, Slices]
 
     @classmethod
-    def of(cls, weight: Tensor, add_increments: Callable[[Tensor, Tensor], Tensor]) -> PerImageWeight:
-        """
-        Args:
-            weight: The frozen weight (out, in).
-            add_increments: From x and x W^T + b to the output with every image's increment.
-        """
+    def of(
+        cls, weight: Tensor, batch: MixedBatch, base_layer: nn.Module, owned: Mapping[Any, Slices]
+    ) -> PerImageWeight:
+        """For the frozen weight (out, in) of a layer; the rest as for `MixedBatch.add`."""
         per_image = weight.detach().as_subclass(cls)
-        per_image.frozen, per_image.add_increments = weight, add_increments
+        per_image.frozen, per_image.batch, per_image.base_layer, per_image.owned = weight, batch, base_layer, owned
         return per_image
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.linear:
+        weights = [value for value in (*args, *kwargs.values()) if isinstance(value, cls)]
+        # A layer that is no nn.Linear, as transformers' Conv1D, keeps its weight the other way round.
+        if func is nn.functional.linear and isinstance(weights[0].base_layer, nn.Linear):
             return multiply(*args, **kwargs)
         if func not in LOOKS:
             raise NotImplementedError(
@@ -53,4 +58,5 @@ class PerImageWeight(Tensor):
 
 def multiply(input: Tensor, weight: PerImageWeight, bias: Tensor | None = None) -> Tensor:
     """``nn.functional.linear``, under its names of the arguments."""
-    return weight.add_increments(input, nn.functional.linear(input, weight.frozen, bias))
+    y = nn.functional.linear(input, weight.frozen, bias)
+    return weight.batch.add(weight.base_layer, input, y, weight.owned)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -16,42 +13,9 @@ from torch import Tensor, nn
 from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers, named_labels
 from ..architecture.linears import find_linears
-from ..method.decomposition import core_grid
-from ..method.fused_linear import autocast_dtype, is_fusable
-from ..method.per_image import FactorBank
 from ..method.tensorization import Slices, block_of, stack_sizes, tensorize
-from ..tuner.call import PerImageCall
+from ..tuner.mixed_batch import current_batch
 from ..tuner.per_image_weight import PerImageWeight
-
-
-class PooledBatch(PerImageCall):
-    """A batch whose images bring their factors and heads.
-
-    Attributes:
-        factors: Of every image by stack, with a core for every slice of the network.
-        heads: Weight (images, out, in) and bias (images, out) or None, by the head's name.
-    """
-
-    def __init__(
-        self, num_images: int, factors: dict[str, FactorBank], heads: dict[str, tuple[Tensor, Tensor | None]]
-    ) -> None:
-        super().__init__(num_images)
-        self.factors = factors
-        self.heads = heads
-
-
-# As in `tuner.call`: what a call says belongs to the call. Set outside what is compiled, which may read it only.
-_CURRENT: ContextVar[PooledBatch | None] = ContextVar("fact_peft_pooled_batch", default=None)
-
-
-@contextmanager
-def calling_with(batch: PooledBatch | None) -> Iterator[None]:
-    """Within the context, networks called by this thread compute `batch`; None is the base model alone."""
-    token = _CURRENT.set(batch)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
 
 
 class PooledLinear(nn.Module):
@@ -61,42 +25,27 @@ class PooledLinear(nn.Module):
         """
         Args:
             base_layer: A linear layer, quantised or not, or transformers' ``Conv1D``.
-            slices: Its slices among those of the network and, if it lies in a block, among those of the block.
+            slices: Its slices among those of the model and, if it lies in a block, among those of the block.
         """
         super().__init__()
         self.base_layer = base_layer
-        self.slices = slices
+        self.slices: dict[Hashable, Slices] = {owned.stack: owned for owned in slices}
         self.in_features, self.out_features = slices[0].in_features, slices[0].out_features
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(R, ..., in_features) to (R, ..., out_features), where every image has as many of the R rows."""
-        return self._add_increments(x, self.base_layer(x, *args, **kwargs))
-
-    def _add_increments(self, x: Tensor, y: Tensor) -> Tensor:
-        batch = _CURRENT.get()
-        if batch is None:
-            return y
-        dtype = autocast_dtype(x) or x.dtype
-        in_place = not torch.is_grad_enabled() and is_fusable(self.base_layer)
-        for slices in self.slices:
-            factors = batch.factors.get(slices.stack)
-            if factors is None:
-                continue
-            if factors.U.dtype != dtype:
-                factors = factors.to(x.device, dtype)
-            cores = core_grid(factors.cores.narrow(1, slices.first, slices.count), slices)
-            y = batch.add(x, y, factors, cores, in_place)
-        return y
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        batch = current_batch()
+        return y if batch is None else batch.add(self.base_layer, x, y, self.slices)
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight, or in a batch what stands for every image's own."""
         weight: Any = self.base_layer.weight
-        batch = _CURRENT.get()
-        adapted = batch is not None and any(slices.stack in batch.factors for slices in self.slices)
-        if not adapted or type(self.base_layer) is not nn.Linear:
+        batch = current_batch()
+        if batch is None or type(self.base_layer) is not nn.Linear:
             return weight
-        return PerImageWeight.of(weight, self._add_increments)
+        return PerImageWeight.of(weight, batch, self.base_layer, self.slices)
 
     @property
     def bias(self) -> Tensor | None:
@@ -115,18 +64,14 @@ class PooledHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, ..., in) to (R, ..., out), out being that of the largest head in the batch."""
-        batch = _CURRENT.get()
+        batch = current_batch()
         if batch is None:
             y: Tensor = self.base_layer(x)
             return y
-        weight, bias = batch.heads[self.name]
-        rows, weight = batch.by_image(x), weight.mT.to(x.dtype)
-        if bias is None:
-            return torch.bmm(rows, weight).view(*x.shape[:-1], -1)
-        return torch.baddbmm(bias[:, None].to(x.dtype), rows, weight).view(*x.shape[:-1], -1)
+        return batch.head(batch.poison(x), *batch.heads[self.name])
 
 
-class Network:
+class PooledModel:
     """A copy of a model, on the same weights, that computes pooled batches.
 
     Attributes:
@@ -134,7 +79,8 @@ class Network:
         slices: The slices of every linear layer outside the heads, by name; those of the blocks come first. Not those
             of ``nn.MultiheadAttention``, which it does not call.
         slices_by_block: Of those in blocks, the slices that they have where every block is a stack of its own.
-        num_slices: The number of slices, by stack.
+        slices_of: The slices of every stack by layer name.
+        num_slices: Their number.
         heads: The classifiers, by name; the last one has an output per label.
         labels: The class names of the model itself.
     """
@@ -165,6 +111,9 @@ class Network:
         self.slices = tensorize(called)
         in_blocks = {name: shape for name, shape in called.items() if block_of(name)}
         self.slices_by_block = tensorize(in_blocks, share="block")
+        self.slices_of: dict[str, dict[str, Slices]] = {}
+        for name, its_slices in [*self.slices.items(), *self.slices_by_block.items()]:
+            self.slices_of.setdefault(its_slices.stack, {})[name] = its_slices
         self.num_slices = stack_sizes([*self.slices.values(), *self.slices_by_block.values()])
         for name in called:
             owned = [slices[name] for slices in (self.slices, self.slices_by_block) if name in slices]

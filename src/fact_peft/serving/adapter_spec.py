@@ -1,4 +1,4 @@
-"""The form of an adapter: all that adapters which can be stacked into one tensor have in common."""
+"""What adapters that can be stacked into one tensor have in common."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import slices_of, stack_sizes
 
 
-class Form:
+class AdapterSpec:
     """Names and shapes of an adapter's numbers, which lie one behind the other in a vector.
 
-    There is one object per form, see `form_of`, so that forms are equal only if they are the same.
+    There is one object per spec, see `spec_of`, so that specs are equal only if they are the same.
 
     Attributes:
         slices: The slices of every adapted layer, by the layer's name.
@@ -71,4 +71,4 @@ class Form:
         return factors["U"], self.decomposition.all_cores(factors), factors["V"]
 
 
-form_of = lru_cache(maxsize=None)(Form)
+spec_of = lru_cache(maxsize=None)(AdapterSpec)

@@ -1,0 +1,222 @@
+"""Datasets of images with labels, read and checked for the training scripts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, load_dataset
+from PIL import Image as PILImage
+from rgb import to_rgb
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2
+from transformers import AutoImageProcessor, BaseImageProcessor, TrainingArguments
+from transformers.utils import logging
+
+
+@dataclass
+class Task:
+    """What to train on.
+
+    Attributes:
+        labels: Names of the classes.
+        several: Whether an image has several labels.
+        weights: Of the classes in the loss.
+        splits: Prepared images: train, validation, test if there is one, and plain, those of train as they are.
+    """
+
+    labels: list[str]
+    several: bool
+    weights: Tensor | None
+    splits: dict[str, Dataset]
+
+
+def read_splits(name: str, data_dir: str | None = None, data_files: Sequence[str] | None = None) -> DatasetDict:
+    """Splits train, validation and, if there is one, test.
+
+    Args:
+        name: Hub name, folder, or builder such as imagefolder or parquet.
+        data_dir: Folder of the files for a builder.
+        data_files: Its files, as ``split=path``.
+
+    Raises:
+        ValueError: If there is no train split.
+    """
+    files = dict(file.split("=", 1) for file in data_files) if data_files else None
+    splits = load_dataset(name, data_dir=data_dir, data_files=files)
+    if "train" not in splits:
+        raise ValueError(f"--dataset {name} has no split 'train' but {', '.join(splits)}.")
+    return DatasetDict({name: splits[name] for name in ("train", "validation", "test") if name in splits})
+
+
+def find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    """Names of the columns of images and of labels.
+
+    Raises:
+        ValueError: If a named column does not exist, or none was named and there is not exactly one candidate.
+    """
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    labels = [name for name, feature in features.items() if isinstance(element(feature), ClassLabel)]
+    labels = labels or [name for name in ("label", "labels") if name in features]
+    columns = []
+    for option, given, candidates in (("image_column", image_column, images), ("label_column", label_column, labels)):
+        candidates = [name for name in features if name == given] if given else candidates
+        if len(candidates) != 1:
+            raise ValueError(
+                f"--{option} {given or 'was not given'}: the dataset has {len(candidates)} such columns"
+                f"{': ' + ', '.join(candidates) if candidates else ''}. Its columns are {dict(features)}; name one of "
+                f"them with --{option}."
+            )
+        columns += candidates
+    return columns[0], columns[1]
+
+
+def element(feature: Any) -> Any:
+    """What a list of labels holds, or the label itself."""
+    return feature.feature if isinstance(feature, List) else feature
+
+
+def class_names(train: Dataset, column: str) -> list[str]:
+    """Names of the classes: as the dataset has them, else the values that its training labels take."""
+    feature = train.features[column]
+    if isinstance(element(feature), ClassLabel):
+        return list(element(feature).names)
+    values = {value for row in train[column] for value in as_list(row)}
+    if all(isinstance(value, str) for value in values):
+        return sorted(values)
+    return [str(label) for label in range(max(value for value in values if value is not None) + 1)]
+
+
+def as_list(labels: Any) -> list[Any]:
+    """The labels of a row: one, or a list of any number."""
+    return labels if isinstance(labels, list) else [labels]
+
+
+def with_checked_labels(split: str, dataset: Dataset, column: str, names: list[str]) -> Dataset:
+    """The dataset with its labels as indices into `names`.
+
+    Raises:
+        ValueError: If there are others.
+    """
+    labels = [(row, label) for row, labels in enumerate(dataset[column]) for label in as_list(labels)]
+    known = {*names, *range(len(names))}
+    wrong = [(row, label) for row, label in labels if label not in known]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(labels)} labels of split {split!r} are none of the {len(names)} classes of the head "
+            f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); the first is {wrong[0][1]!r} in row "
+            f"{wrong[0][0]}. Correct or remove these rows; a test split without labels cannot be used."
+        )
+    target = ClassLabel(names=names)
+    return dataset.cast_column(column, List(target) if isinstance(dataset.features[column], List) else target)
+
+
+def readable(split: str, dataset: Dataset, column: str, choice: str) -> Dataset:
+    """The dataset without the images that cannot be decoded, which are counted and named.
+
+    Raises:
+        ValueError: If there are any and `choice` is ``"stop"``.
+    """
+
+    def reason(image: dict[str, Any]) -> str:
+        try:
+            with PILImage.open(BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+                to_rgb(opened)
+        except Exception as error:  # whatever a decoder may raise on damaged bytes
+            return f"{image['path'] or 'image'}: {error}"
+        return ""
+
+    encoded = dataset.select_columns([column]).cast_column(column, Image(decode=False))
+    checked = encoded.map(
+        lambda row: {"reason": reason(row[column])}, remove_columns=[column], desc=f"checking {split}"
+    )
+    corrupt = {row: reason for row, reason in enumerate(checked["reason"]) if reason}
+    if not corrupt:
+        return dataset
+    listing = "\n  ".join(f"row {row}, {reason}" for row, reason in list(corrupt.items())[:20])
+    message = f"{len(corrupt)} of {len(dataset)} images of split {split!r} cannot be read:\n  {listing}"
+    if choice == "stop" or len(corrupt) == len(dataset):
+        raise ValueError(f"{message}\nRepair or remove them, or train on the others with --corrupt_images skip.")
+    logging.get_logger("transformers").warning("%s\nThey are skipped.", message)
+    return dataset.select([row for row in range(len(dataset)) if row not in corrupt])
+
+
+def prepared(
+    dataset: Dataset,
+    columns: tuple[str, str],
+    processor: BaseImageProcessor,
+    num_labels: int,
+    augment: str = "none",
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+) -> Dataset:
+    """Rows of pixel_values and labels, processed when they are read.
+
+    Args:
+        dataset: With checked labels.
+        columns: Names of the columns of images and of labels.
+        processor: That of the model.
+        num_labels: Of the head.
+        augment: ``"crop"``: a random resized crop and a flip; ``"randaugment"``: RandAugment too.
+        mixup: Alpha of mixup, which mixes the images of a batch and their labels; 0 is off.
+        cutmix: Alpha of cutmix. With both, either by chance.
+    """
+    size = processor(PILImage.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2:]
+    steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if augment != "none" else []
+    steps += [v2.RandAugment()] if augment == "randaugment" else []
+    augmented = v2.Compose([v2.Lambda(to_rgb), *steps])
+    as_is = {"do_resize": False, "do_center_crop": False} if steps and hasattr(processor, "do_resize") else {}
+    mixes = [
+        mix(alpha=alpha, num_classes=num_labels) for mix, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha
+    ]
+
+    def transform(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        images = [augmented(image) for image in batch[columns[0]]]
+        pixels, labels = processor(images, return_tensors="pt", **as_is)["pixel_values"], batch[columns[1]]
+        if isinstance(labels[0], list):
+            several = [F.one_hot(torch.tensor(row, dtype=torch.long), num_labels) for row in labels]
+            labels = torch.stack([one_hot.sum(0).clamp(max=1).float() for one_hot in several])
+        labels = torch.as_tensor(labels)
+        if mixes and len(labels) > 1:
+            pixels, labels = v2.RandomChoice(mixes)(pixels, labels)
+        return {"pixel_values": list(pixels), "labels": list(labels)}
+
+    return dataset.select_columns(list(columns)).cast_column(columns[0], Image()).with_transform(transform)
+
+
+def balanced_weights(train: Dataset, column: str, num_labels: int) -> Tensor:
+    """Of each class by the inverse of its frequency; of several labels, of its presence against its absence."""
+    labels = train[column][:]
+    if isinstance(train.features[column], List):
+        counts = torch.bincount(torch.tensor([label for row in labels for label in set(row)]), minlength=num_labels)
+        return (len(labels) - counts) / counts.clamp(min=1)
+    return len(labels) / num_labels / torch.bincount(torch.tensor(labels), minlength=num_labels).clamp(min=1)
+
+
+def read_task(splits: dict[str, Dataset], columns: tuple[str, str], args: Any, training: TrainingArguments) -> Task:
+    """Check the data and prepare it for the model.
+
+    Args:
+        splits: As `read_splits` gives them.
+        columns: As `find_columns` does.
+        args: Those of examples/image_classification.py.
+        training: Whose seed splits off validation images if there are none.
+    """
+    labels = class_names(splits["train"], columns[1])
+    with training.main_process_first(desc="checking the data"):
+        for name, split in splits.items():
+            split = with_checked_labels(name, split, columns[1], labels)
+            splits[name] = readable(name, split, columns[0], args.corrupt_images)
+    several = isinstance(splits["train"].features[columns[1]], List)
+    if "validation" not in splits:
+        parts = splits["train"].train_test_split(
+            args.validation_fraction, seed=training.seed, stratify_by_column=None if several else columns[1]
+        )
+        splits |= {"train": parts["train"], "validation": parts["test"]}
+    weights = balanced_weights(splits["train"], columns[1], len(labels)) if args.class_weights else None
+    how = (columns, AutoImageProcessor.from_pretrained(args.model), len(labels))
+    data = {name: prepared(split, *how) for name, split in {**splits, "plain": splits["train"]}.items()}
+    data["train"] = prepared(splits["train"], *how, args.augment or "crop", args.mixup, args.cutmix)
+    return Task(labels, several, weights, data)
