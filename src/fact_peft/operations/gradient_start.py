@@ -138,16 +138,21 @@ def check_some(batches: list[Any], sketches: Mapping[FacTStack, GradientSketch])
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Have `model` in evaluation mode, with gradients; afterwards it and the random numbers are as before."""
+    """Have `model` in evaluation mode and frozen; afterwards it and the random numbers are as before."""
     modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(list(devices)):
             model.eval()
+            for parameter in trained:  # whose gradients would be computed in vain
+                parameter.requires_grad_(False)
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
