@@ -6,8 +6,7 @@
 A dataset has a column of images and one of masks (--image_column, --mask_column), in which 0 is background and every
 other number one object. Its box is made from the mask; in training it is off by up to a tenth of its sides. Three
 ways are compared: the mask decoder trained in full, FacT in the image encoder, and both. For a large model and images
-of 1024 pixels begin with smaller steps, which was not tried here: --learning_rate 1e-3 --decoder_learning_rate 1e-4
---batch_size 2.
+of 1024 pixels begin with smaller steps, which was not tried here: --decoder_learning_rate 1e-4 --batch_size 2.
 
 Without arguments it needs no network and no GPU: it pretrains a tiny SAM on plain shapes, then adapts it to handwritten
 digits on photographs, both from scikit-learn; other digits on the other halves of the photographs are held out.
@@ -70,9 +69,9 @@ class Arguments:
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": "What to train.", "choices": list(METHODS)}
     )
-    rank: int = flag(16, "Rank of FacT.")
+    rank: int = flag(8, "Rank of FacT.")
     scale: float | None = flag(None, "Scale of FacT. Default: 32 / rank.")
-    learning_rate: float | None = flag(None, "Of the factors of FacT. Default: 0.8 / width of the image encoder.")
+    learning_rate: float | None = flag(None, "Of the factors of FacT. Default: 0.32 / width of the image encoder.")
     decoder_learning_rate: float = flag(1e-3, "Of the mask decoder.")
     epochs: int = flag(30, "Epochs of adaptation.")
     batch_size: int = flag(4, "Images per step.")
@@ -194,7 +193,7 @@ def main() -> None:
     rows, held_out = at_most(args.max_train, rows), at_most(args.max_test, held_out)
     sam = SamModel.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     processor = SamProcessor.from_pretrained(args.model)
-    args.learning_rate = args.learning_rate or 0.8 / sam.config.vision_config.hidden_size
+    args.learning_rate = args.learning_rate or 0.32 / sam.config.vision_config.hidden_size
 
     print(f"Adapting to {len(rows)} images. Mean Dice of the objects in {len(held_out)} held-out images:")
     models = compare(sam, rows, held_out, processor, args, folder)

@@ -175,6 +175,8 @@ def check(command: list[str]) -> None:
             check_options(module, rest)
         case ["python", file, *rest]:
             check_options(file, rest)
+        case ["torchrun", "--nproc_per_node", _, file, *rest]:
+            check_options(file, rest)
         case ["accelerate", "launch", *rest]:
             check_launch(rest)
         case ["bash", ".ci/run"] | ["ruff" | "mypy" | "sphinx-build" | "twine" | "git" | "curl" | "serve", *_]:

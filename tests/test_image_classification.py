@@ -117,7 +117,7 @@ def test_the_papers_recipe_is_one_flag(monkeypatch):
         args, training = command_line.parse(script.Arguments, script.Recipe, defaults=script.PAPER)
         return script.make_config(args, None), training.learning_rate, training.num_train_epochs, args.augment
 
-    paper = FacTConfig(rank=8, init_weights=True, scale=1.0, fact_dropout=0.1)
+    paper = FacTConfig(rank=8, init_weights=True, fact_dropout=0.1)
     assert config_and_rate() == (paper, 1e-3, 100, "none")
     assert config_and_rate("--rank", "4")[0].rank == 4
 
@@ -126,7 +126,7 @@ def test_what_is_saved_is_what_was_reported(train, source, tmp_path, monkeypatch
     printed = train("--target_modules", "q_proj", "v_proj", "--augment", "randaugment", "--mixup", "0.2")
     model, processor = load_image_classifier(tmp_path / "out")
     config = model.peft_config["default"]
-    assert (config.target_modules, config.rank, config.scale) == ({"q_proj", "v_proj"}, 16, 2.0)
+    assert (config.target_modules, config.rank) == ({"q_proj", "v_proj"}, 16)
     test = colours(7, 2)
     pixels = processor([image.convert("RGB") for image in test["image"]], return_tensors="pt")["pixel_values"]
     with torch.no_grad():

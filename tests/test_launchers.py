@@ -148,3 +148,44 @@ def test_bf16_as_in_the_configuration_file_saves_a_float32_adapter(launcher, fol
         assert value.dtype == torch.float32 and value.isfinite().all(), name
     # P starts at zero; trained in bfloat16 alone its steps would be multiples of 2^-8 of its size.
     assert not torch.equal(factors["P"], factors["P"].bfloat16().float()) and factors["P"].abs().max() > 1e-3
+
+
+def launched(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command of a user, as it is, on a machine without a GPU."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    hidden["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "examples"), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(command, env={**os.environ, **hidden}, cwd=tmp_path, capture_output=True, text=True)
+
+
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+DDP = ("--config_file", str(ROOT / "examples/accelerate/ddp.yaml"), "--main_process_port", "0")
+
+
+def test_two_processes_without_a_gpu_train_as_one_does(folder, tmp_path):
+    loop = [LOOP, "--mixed_precision", "no", "--epochs", "2", "--output_dir", str(tmp_path / "loop")]
+    done = launched(tmp_path, *LAUNCH, *DDP, *loop)
+    assert done.returncode == 0, done.stderr
+    saved, single = (load_file(where / "loop" / "adapter" / ADAPTER) for where in (tmp_path, folder / "single"))
+    torch.testing.assert_close(saved, single, **TOLERANCE)
+    ranks = sorted(path.name for path in (tmp_path / "loop" / "checkpoint-2").glob("rank*.pt"))
+    assert ranks == ["rank0.pt", "rank1.pt"]
+
+
+CONNECTED = (
+    "from command_line import *; connect_processes(); from accelerate import *; print(PartialState().num_processes)"
+)
+ADVICE = "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2"
+
+
+@pytest.mark.slow  # four launches
+def test_what_cannot_be_launched_without_a_gpu_says_the_line_that_works(tmp_path):
+    script = tmp_path / "connected.py"
+    script.write_text(CONNECTED)
+    sharded = ("--config_file", str(ROOT / "examples/accelerate/fsdp2.yaml"), "--main_process_port", "0")
+    refused = launched(tmp_path, *LAUNCH, *sharded, str(script))
+    assert refused.returncode != 0 and ADVICE in refused.stderr and refused.stdout.strip() == ""
+    alone = launched(tmp_path, *LAUNCH, "--cpu", "--num_processes", "2", str(script))
+    assert alone.returncode == 0 and ADVICE in alone.stderr and alone.stdout.split() == ["1"]
+    advised = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    together = launched(tmp_path, *advised, str(script))
+    assert together.returncode == 0 and together.stdout.split() == ["2", "2"], together.stderr

@@ -50,7 +50,7 @@ def test_the_adapter_holds_factors_and_mask_decoder(finished):
     model = PeftModel.from_pretrained(SamModel.from_pretrained(folder / "sam"), folder / "FacT+decoder")
     adapted = [name for name, module in model.get_base_model().named_modules() if isinstance(module, FacTLinear)]
     assert len(adapted) == 3 * 4 and all(name.startswith("vision_encoder.layers.") for name in adapted)
-    assert (folder / "FacT" / "adapter_model.safetensors").stat().st_size < 50_000
+    assert (folder / "FacT" / "adapter_model.safetensors").stat().st_size < 40_000
 
 
 def segment_anything_sam(config):
@@ -206,11 +206,6 @@ def test_16_bit_images_reach_the_model_as_their_8_bit_copies_do(finished):
     batches = Batches(SamProcessor.from_pretrained(folder / "sam"), boxes_per_image=1)
     inputs, _ = batches([{"image": deep, "mask": mask}, {"image": shallow, "mask": mask}])
     assert torch.equal(*inputs["pixel_values"]) and inputs["pixel_values"].std() > 0.1
-
-
-def test_it_advises_the_recipe_of_the_library():
-    args = script.Arguments()
-    assert FacTConfig(rank=args.rank, scale=args.scale) == FacTConfig()
 
 
 @pytest.mark.slow
