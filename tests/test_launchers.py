@@ -186,6 +186,6 @@ def test_what_cannot_be_launched_without_a_gpu_says_the_line_that_works(tmp_path
     assert refused.returncode != 0 and ADVICE in refused.stderr and refused.stdout.strip() == ""
     alone = launched(tmp_path, *LAUNCH, "--cpu", "--num_processes", "2", str(script))
     assert alone.returncode == 0 and ADVICE in alone.stderr and alone.stdout.split() == ["1"]
-    advised = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    advised = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     together = launched(tmp_path, *advised, str(script))
     assert together.returncode == 0 and together.stdout.split() == ["2", "2"], together.stderr
