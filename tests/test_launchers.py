@@ -172,7 +172,7 @@ def test_two_processes_without_a_gpu_train_as_one_does(folder, tmp_path):
 
 
 CONNECTED = (
-    "from command_line import *; connect_processes(); from accelerate import *; print(PartialState().num_processes)"
+    "from command_line import *; connect_processes(); from accelerate import *; print(Accelerator().num_processes)"
 )
 ADVICE = "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2"
 
