@@ -237,27 +237,31 @@ def test_frozen_half_precision_and_quantised_models(change, exact):
 # Several processes
 
 
-def on_rank(rank, folder, decomposition):
+def on_rank(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = adapt(make_backbone("vit", torch.float64), decomposition=decomposition)
+    model = adapt(make_backbone("vit", torch.float64))
     data = batches(3)[rank::2]  # two and one
-    start(DistributedDataParallel(model), data)
-    torch.save(model.state_dict(), folder / f"{rank}.pt")
+    wrapped = DistributedDataParallel(model)
+    start(wrapped, data)
+    loss(wrapped, data[0]).backward()  # which still averages gradients
+    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.save({**model.state_dict(), **gradients}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_two_processes_get_the_factors_of_one(tmp_path):
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=on_rank, args=(rank, tmp_path, "tk")) for rank in range(2)]
+    processes = [context.Process(target=on_rank, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert any(name.endswith("fact_Sigma.default.grad") for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    model = adapt(make_backbone("vit", torch.float64), decomposition="tk")
+    model = adapt(make_backbone("vit", torch.float64))
     start(model)
     for name, factor in model.state_dict().items():
         if any(f"fact_{letter}." in name for letter in "UV"):

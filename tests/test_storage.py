@@ -136,35 +136,6 @@ def test_zeros_stay_zeros_and_very_small_numbers_keep_their_precision():
 # The form before rounding
 
 
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-@pytest.mark.parametrize("num_slices", [12, 3])
-def test_orthogonalized_factors_have_the_same_increments(decomposition, num_slices):
-    member = DECOMPOSITIONS[decomposition]
-    shapes = member.shapes(20, 16, num_slices, 4)
-    factors = {name: random(shape, seed).double() for seed, (name, shape) in enumerate(shapes.items())}
-    factors["U"][:, 1] *= 100
-    form = member.orthogonalized(factors)
-    dense = [f["U"] @ member.all_cores(f) @ f["V"].mT for f in (factors, form)]
-    assert (dense[0] - dense[1]).norm() <= 1e-12 * dense[0].norm()
-    lengths = form["U"].norm(dim=0)
-    torch.testing.assert_close(lengths, lengths.mean().expand(4))
-    torch.testing.assert_close(form["U"].norm(), factors["U"].norm())
-    if decomposition != "cp":
-        gram = form["V"].mT @ form["V"]
-        torch.testing.assert_close(gram, gram[0, 0] * torch.eye(4).double())
-
-
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_distance_is_that_of_the_dense_increments(decomposition):
-    member = DECOMPOSITIONS[decomposition]
-    one, other = (
-        {name: random(shape, seed + k).double() for k, (name, shape) in enumerate(member.shapes(9, 7, 5, 2).items())}
-        for seed in (0, 10)
-    )
-    dense = [f["U"] @ member.all_cores(f) @ f["V"].mT for f in (one, other)]
-    assert member.distance(one, other) == pytest.approx((dense[0] - dense[1]).norm().item(), rel=1e-12)
-
-
 # Everywhere
 
 

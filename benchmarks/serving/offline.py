@@ -46,7 +46,7 @@ def main() -> None:
             (folder / str(size)).mkdir()
             for number, picture in enumerate(pictures(8) * (size // 8)):
                 (folder / str(size) / f"{number}.jpg").write_bytes(picture)
-        ray.init(num_cpus=4, include_dashboard=False, runtime_env={"working_dir": str(EXAMPLE)})
+        ray.init("local", num_cpus=4, include_dashboard=False, runtime_env={"working_dir": str(EXAMPLE)})
         for turn in range(arguments.rounds):
             for size in SIZES:
                 options = predict.Arguments(
@@ -60,7 +60,7 @@ def main() -> None:
                     run(options)
                     seconds.setdefault((kind, size), []).append(time.perf_counter() - start)
         ray.shutdown()
-    print("| | start, s | images a second | (image, adapter) pairs a second |\n| --- | --: | --: | --: |")
+    print("| | start, s | images a second | passes a second |\n|---|--:|--:|--:|")
     for kind in ("plain loop", "Ray Data"):
         small, large = (median(seconds[kind, size]) for size in SIZES)
         per_image = (large - small) / (SIZES[1] - SIZES[0])

@@ -150,9 +150,10 @@ def predict(arguments: Arguments) -> None:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    # On one machine, so many that those that read and write never wait for a worker to end.
-    local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": (os.cpu_count() or 1) + arguments.workers}
-    ray.init(**local, include_dashboard=False if local else None)
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+    else:  # with so many CPUs that those who read and write never wait for a worker to end
+        ray.init("local", num_cpus=(os.cpu_count() or 1) + arguments.workers, include_dashboard=False)
     predict(arguments)
 
 

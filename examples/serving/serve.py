@@ -66,7 +66,8 @@ def start_ray(settings: Settings) -> None:
         ray.init(runtime_env=code)
     else:
         num_cpus = max(os.cpu_count() or 1, settings.replicas)
-        ray.init(runtime_env=code, num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1")
+        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        ray.init("local", runtime_env=code, num_cpus=num_cpus, **local)  # else Ray joins one that runs here
 
 
 def main() -> None:

@@ -9,13 +9,14 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.frontier.bytes.forms import distance, orthogonalized
 from benchmarks.frontier.search import is_head
 from fact_peft import Adapter, FacTConfig, quantize_adapter
 from fact_peft.adapter.packing import pack, rounded, unpack
 from fact_peft.adapter.storage import bits_of
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
-from fact_peft.operations.straight_through import stacks_of
+from fact_peft.operations.quantization import stacks_of
 
 AS_TRAINED, ORTHOGONALIZED = "as trained", "orthogonalized"
 
@@ -33,16 +34,16 @@ def store_fact(model: PeftModel, storage: str, head_storage: str, form: str) -> 
     exact = [{letter: factor.detach().double() for letter, factor in factors.items()} for factors in stacks]
     if bits:
         for factors, before in zip(stacks, exact, strict=True):
-            written = decomposition.orthogonalized(before) if form == ORTHOGONALIZED else before
+            written = orthogonalized(before) if form == ORTHOGONALIZED else before
             for letter, factor in factors.items():
                 factor.copy_(rounded(written[letter], bits))
     quantize_adapter(model, storage, head_storage)
     zeros = [{**factors, "U": torch.zeros_like(factors["U"])} for factors in exact]
     changed = sum(
-        decomposition.distance(before, {letter: factor.double() for letter, factor in factors.items()}) ** 2
+        distance(decomposition, before, {letter: factor.double() for letter, factor in factors.items()}) ** 2
         for factors, before in zip(stacks, exact, strict=True)
     )
-    whole = sum(decomposition.distance(before, zero) ** 2 for before, zero in zip(exact, zeros, strict=True))
+    whole = sum(distance(decomposition, before, zero) ** 2 for before, zero in zip(exact, zeros, strict=True))
     return {**bytes_of_saved(model), "error": 100 * (changed / whole) ** 0.5}
 
 

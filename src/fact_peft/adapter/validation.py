@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils import CONFIG_NAME
+from peft import PeftConfig
 from torch import Tensor
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
@@ -189,21 +189,37 @@ def check_pair(config: FacTConfig, file: Path) -> None:
         ValueError: If they do not belong together; says how to complete the save if the rest of it is still there.
     """
     recorded, folder = read_metadata(file), file.parent
+    if "config" not in recorded:
+        return
     processor = recorded.get(IMAGE_PROCESSOR_NAME)
-    interrupted = sorted(folder.glob(f"{STAGING}*/{CONFIG_NAME}"))
-    other_config = recorded.get("config") not in (None, digest(config))
+    other_config = recorded["config"] != digest(config)
+    other_processor = processor not in (None, file_digest(folder / IMAGE_PROCESSOR_NAME))
+    rest = rest_of_save(folder, recorded) if other_config or other_processor else None
     # Without the rest of a save beside it, an image processor was changed by its owner.
-    other_processor = interrupted and processor not in (None, file_digest(folder / IMAGE_PROCESSOR_NAME))
-    if other_config or other_processor:
+    if other_config or (other_processor and rest):
         repair = (
-            f"Complete the save with: mv '{interrupted[-1].parent}'/* '{folder}'"
-            if interrupted
+            f"Complete the save with: mv '{rest}'/* '{folder}'"
+            if rest
             else "Take all files from one save; to change a field of a saved adapter, use Adapter.read, replace, write"
         )
         raise ValueError(
             f"{file} and the files beside it are of two different saves: a save was interrupted, or one file was "
             f"edited or copied alone. {repair}."
         )
+
+
+def rest_of_save(folder: Path, recorded: Mapping[str, str]) -> Path | None:
+    """Where an interrupted save has left the files that go with the weights of `folder`, by what these record."""
+    for staging in folder.glob(f"{STAGING}*"):
+        try:
+            config: Any = PeftConfig.from_pretrained(str(staging))
+            of_this_save = digest(config) == recorded["config"]
+        except (ValueError, OSError, TypeError, KeyError, AttributeError):  # empty, or of another method
+            continue
+        processor = staging / IMAGE_PROCESSOR_NAME
+        if of_this_save and (not processor.is_file() or file_digest(processor) == recorded.get(processor.name)):
+            return staging
+    return None
 
 
 def listed(names: list[str], separator: str = ", ", count: int = 6) -> str:

@@ -134,28 +134,6 @@ class Decomposition(ABC):
         """Sigma_k of all slices: (N, r, r)."""
         return self.cores(factors, 0, self.num_slices(factors))
 
-    @abstractmethod
-    def orthogonalized(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same increments, exactly, with orthogonal columns of equal length in U and V.
-
-        With U = Q_U R_U and V = Q_V R_V the increments are s Q_U (R_U Sigma_k R_V^T) Q_V^T. No number of U or V then
-        matters more than another, and groups of numbers that are rounded together are alike. U and V keep their
-        Frobenius norms, so that a learning rate that suited them still does.
-
-        Args:
-            factors: All factors of a stack.
-        """
-
-    def distance(self, factors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
-        """Frobenius norm of U Sigma_k V^T - U' Sigma'_k V'^T over all slices k of a stack: of increments of scale 1."""
-        U, V = (torch.cat([factors[letter], others[letter]], dim=1) for letter in ("U", "V"))
-        ours, theirs = self.all_cores(factors), -self.all_cores(others)
-        cores = torch.cat(
-            [nn.functional.pad(ours, (0, len(theirs[0]), 0, 0)), nn.functional.pad(theirs, (len(ours[0]), 0, 0, 0))],
-            dim=1,
-        )
-        return increment_norm(U, core_matrix(cores[None]), V, scale=1.0)
-
     def shapes(self, in_width: int, out_width: int, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all factors of a stack of `num_slices` slices of `in_width` x `out_width`."""
         return {"U": (in_width, rank), "V": (out_width, rank), **self.core_shapes(num_slices, rank)}
@@ -203,10 +181,6 @@ class TensorTrain(Decomposition):
     def num_slices(self, factors: Mapping[str, Tensor]) -> int:
         return factors["Sigma"].shape[-3]
 
-    def orthogonalized(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        (U, R_U), (V, R_V) = orthogonal_columns(factors["U"]), orthogonal_columns(factors["V"])
-        return {"U": U, "V": V, "Sigma": R_U @ factors["Sigma"] @ R_V.mT}
-
 
 class Tucker(Decomposition):
     """FacT-TK, eq. 10: the cores are mixtures of r shared ones. 2 d r + N r + r^3 parameters for a square stack."""
@@ -227,11 +201,6 @@ class Tucker(Decomposition):
 
     def num_slices(self, factors: Mapping[str, Tensor]) -> int:
         return factors["P"].shape[-2]
-
-    def orthogonalized(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        (U, R_U), (V, R_V) = orthogonal_columns(factors["U"]), orthogonal_columns(factors["V"])
-        P, R_P = orthogonal_columns(factors["P"])
-        return {"U": U, "V": V, "C": torch.einsum("tu,uij->tij", R_P, R_U @ factors["C"] @ R_V.mT), "P": P}
 
 
 class CanonicalPolyadic(Decomposition):
@@ -255,11 +224,6 @@ class CanonicalPolyadic(Decomposition):
     def num_slices(self, factors: Mapping[str, Tensor]) -> int:
         return factors["W"].shape[0]
 
-    def orthogonalized(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Columns of equal length in U and V; diagonal cores allow no other basis."""
-        (U, lengths_U), (V, lengths_V) = equal_columns(factors["U"]), equal_columns(factors["V"])
-        return {"U": U, "V": V, "W": factors["W"] * (lengths_U * lengths_V)}
-
 
 DECOMPOSITIONS: dict[str, Decomposition] = {"tt": TensorTrain(), "tk": Tucker(), "cp": CanonicalPolyadic()}
 
@@ -274,22 +238,3 @@ def init_orthonormal(matrix: Tensor) -> None:
     """Random orthonormal columns."""
     # In float32, since torch factorizes no half precision.
     matrix.copy_(nn.init.orthogonal_(torch.empty_like(matrix, dtype=torch.float32)))
-
-
-def orthogonal_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`matrix` (n, r) as orthogonal columns (n, r) of its Frobenius norm, times (r, r).
-
-    A matrix of zeros, or of fewer rows than columns, is left as it is.
-    """
-    num_rows, rank = matrix.shape
-    length = matrix.norm() / rank**0.5
-    if num_rows < rank or length == 0:
-        return matrix, torch.eye(rank, dtype=matrix.dtype, device=matrix.device)
-    Q, R = torch.linalg.qr(matrix)
-    return Q * length, R / length
-
-
-def equal_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`matrix` (n, r) as columns (n, r) of equal length and its Frobenius norm, times (r,); zeros stay zeros."""
-    lengths = matrix.norm(dim=0) * (matrix.shape[1] ** 0.5 / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny))
-    return matrix / torch.where(lengths > 0, lengths, 1), lengths

@@ -22,7 +22,8 @@ from ..method.gradient_sketch import GradientSketch, random_orthonormal
 from ..method.tensorization import Slices
 from ..tuner.factors import FacTStack
 from ..tuner.layer import FacTLinear
-from ..tuner.removal import is_merged, own_stacks
+from ..tuner.merging import is_merged
+from ..tuner.removal import own_stacks
 
 Loss = Callable[[nn.Module, Any], Tensor]
 PASSES = 2  # over the batches: with random directions, and with those found
@@ -137,16 +138,21 @@ def check_some(batches: list[Any], sketches: Mapping[FacTStack, GradientSketch])
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Have `model` in evaluation mode, with gradients; afterwards it and the random numbers are as before."""
+    """Have `model` in evaluation mode and frozen; afterwards it and the random numbers are as before."""
     modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(list(devices)):
             model.eval()
+            for parameter in trained:  # whose gradients would be computed in vain
+                parameter.requires_grad_(False)
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
@@ -19,6 +19,8 @@ from ..adapter.validation import factor_shapes
 from ..architecture.linears import part_names
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import PARTS, describe_layout
+from ..upstream import ModulesToSaveWrapper
+from .layer import FacTLinear
 
 
 @torch.no_grad()
@@ -71,6 +73,24 @@ def weighted_sum(
             total["Sigma"][places, columns, columns] = weight * adapter.config.scaling * cores.to(total["Sigma"])
     state = {f"factors.{stack}.fact_{letter}": t for stack, group in factors.items() for letter, t in group.items()}
     return Adapter.from_state_dict(config, {**state, **summed_heads(adapters, weights, heads)}, "The sum")
+
+
+def sum_of_model(model: nn.Module, adapter_names: Sequence[str], weights: Sequence[float]) -> Adapter:
+    """`weighted_sum` of adapters of `model`.
+
+    Raises:
+        ValueError: As `weighted_sum`, or if an adapter is unknown or named twice.
+    """
+    if len(set(adapter_names)) < len(adapter_names):
+        raise ValueError(f"adapters={adapter_names!r} names one adapter twice; add up its weights.")
+    heads = {
+        f"{name}.{key}": value.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for key, value in module.original_module.state_dict().items()
+    }
+    order = [name for name, module in model.named_modules() if isinstance(module, FacTLinear)]
+    return weighted_sum([Adapter.of(model, name) for name in adapter_names], weights, heads, order)
 
 
 def summed_config(adapters: Sequence[Adapter], order: Sequence[str] | None) -> FacTConfig:

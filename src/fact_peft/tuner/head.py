@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class FacTHead(ModulesToSaveWrapper):
 
     configs: dict[str, FacTConfig]
     is_classifier: bool
+
+    def _get_name(self) -> str:
+        return str(ModulesToSaveWrapper.__name__)  # which PEFT's messages name, and printed models show
 
     def to_float32(self, adapter_name: str) -> None:
         """Cast the head of an adapter from float16 or bfloat16, in which no optimizer can train it."""
@@ -85,11 +88,17 @@ class FacTHead(ModulesToSaveWrapper):
         return output if self.is_classifier else floats_to(output, dtype_of_model)
 
 
-def adopt_heads(model: nn.Module, configs: dict[str, FacTConfig]) -> None:
-    """Make the heads that PEFT has wrapped into such heads, which read their adapters' `configs`."""
+def adopt_heads(model: nn.Module, configs: dict[str, FacTConfig], others: Container[nn.Module]) -> None:
+    """Make the heads that PEFT has wrapped into such heads, which read their adapters' `configs`.
+
+    Args:
+        model: The model.
+        configs: Of its adapters.
+        others: Heads that were wrapped before, which may belong to another method.
+    """
     classifiers = find_classifiers(model)
     for name, module in model.named_modules():
-        if type(module) is ModulesToSaveWrapper:
+        if type(module) is ModulesToSaveWrapper and module not in others:
             module.__class__ = FacTHead
             assert isinstance(module, FacTHead)
             module.configs, module.is_classifier = configs, name in classifiers

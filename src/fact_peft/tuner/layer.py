@@ -184,7 +184,7 @@ class FacTLinear(nn.Module, FacTLayer):
             self.unmerge()
         base_layer: Any = self.get_base_layer()  # not super().weight, which the compiler cannot follow
         weight: Tensor = base_layer.qweight if hasattr(base_layer, "qweight") else base_layer.weight
-        can_add = self.quantization_backend is None and self._is_whole(weight)
+        can_add = self.quantization_backend is None and self.is_whole(weight)
         if self.disable_adapters or self.merged or not can_add:
             return weight
         batch = current_batch(self)
@@ -194,7 +194,7 @@ class FacTLinear(nn.Module, FacTLayer):
             weight = weight + self._delta_weight(adapter_name).to(weight)
         return weight if self.weight_hook is None else self.weight_hook(weight)
 
-    def _is_whole(self, weight: Tensor) -> bool:
+    def is_whole(self, weight: Tensor) -> bool:
         """Whether a weight is not sharded: then it is flat (FSDP1, ZeRO-3) or a DTensor (FSDP2, tensor parallelism)."""
         shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
         return weight.shape == shape and not isinstance(weight, DTensor)
@@ -243,11 +243,8 @@ class FacTLinear(nn.Module, FacTLayer):
 
         Raises:
             TypeError: If the weight is quantised in a way that cannot be undone.
-            ValueError: If `why_not_mergeable` gives a reason, or with `safe_merge`, if the merged weight would hold NaN
-                or infinity.
+            ValueError: With `safe_merge`, if the merged weight would hold NaN or infinity.
         """
-        if reason := self.why_not_mergeable():
-            raise ValueError(f"An increment cannot be merged into {type(self.get_base_layer()).__name__}: {reason}.")
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.fact_slices:
                 continue
@@ -272,22 +269,6 @@ class FacTLinear(nn.Module, FacTLayer):
             self.set_base_weight(self._weight_plus(-added))
             del self.merged_factors[adapter_name]
             self.fact_stacks[adapter_name].take_out(adapter_name)
-
-    def why_not_mergeable(self) -> str | None:
-        """Why an increment added to the base weight would be lost or fail; None if it would not."""
-        base_layer: Any = self.get_base_layer()
-        if self.quantization_backend is not None:
-            return None
-        if "weight" not in base_layer._parameters:
-            return (
-                "its weight is computed from other parameters (weight_norm, spectral_norm, prune, FSDP), and would be "
-                "computed anew without the increment; make it a parameter first, for instance with "
-                "torch.nn.utils.parametrize.remove_parametrizations"
-            )
-        weight: Any = base_layer.weight
-        if not self._is_whole(weight):
-            return "its weight is sharded over processes; gather it, or merge in one process"
-        return None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Place the factors of an adapter with the first layer of their stack, in its dtype if that is a float's."""

@@ -13,7 +13,7 @@ from ..adapter.names import for_terminal
 from ..adapter.storage import from_storage, is_finite, to_storage
 from ..adapter.validation import PREFIX, factor_key, factor_shapes
 from ..upstream import AuxiliaryTrainingWrapper
-from .removal import is_merged
+from .merging import is_merged
 
 
 def factor_keys(config: FacTConfig) -> set[str]:

@@ -14,21 +14,22 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig, fact_config
 from ..adapter.validation import FACTORS
+from ..architecture.linears import replace_everywhere
 from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import stack_sizes
 from ..upstream import ModulesToSaveWrapper, activate_heads
 from .adapter_names import using_adapters
-from .combination import weighted_sum
+from .combination import sum_of_model
 from .factors import FacTLayer, SharedFactors, ordinary_tensors
 from .head import FacTHead, adopt_heads
 from .layer import FacTLinear
 from .loading import checked_state_dict, stored_state_dict
+from .merging import check_mergeable, is_merged
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
-from .removal import adapter_config, discard, drop_empty_stacks, is_merged, own_stacks
+from .removal import adapter_config, discard, forget, own_stacks
 
 
 class FacTModel(BaseTuner):
@@ -76,11 +77,13 @@ class FacTModel(BaseTuner):
             self._set_config(adapter_name, previous)
             raise
         self.peft_config[adapter_name] = config
-        self._forget(adapter_name)
+        forget(self.model, adapter_name)
+        heads = set(self._heads())
         try:
-            self._inject(model, adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage)
+            self._inject(model, adapter_name, config, heads, autocast_adapter_dtype, low_cpu_mem_usage)
         except Exception:
             discard(model, adapter_name)
+            replace_everywhere(model, {head: head.original_module for head in self._heads() if head not in heads})
             self._set_config(adapter_name, None)
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
@@ -93,7 +96,16 @@ class FacTModel(BaseTuner):
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
                     wrapper.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
-    def _inject(self, model: nn.Module, adapter_name: str, config: FacTConfig, autocast: bool, on_meta: bool) -> None:
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: FacTConfig,
+        heads: set[nn.Module],
+        autocast: bool,
+        on_meta: bool,
+    ) -> None:
+        """Create factors and wrap layers. `heads` are those that were wrapped before."""
         slices = config.slices
         open_attentions(model, slices)
         targets, in_part = config.target_modules, any(owned.parts for owned in slices.values())
@@ -103,7 +115,7 @@ class FacTModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast, on_meta)
         if in_part:  # PEFT shortens long lists to what tells modules apart, which their parts are not
             config.target_modules = targets
-        adopt_heads(model, getattr(model, FACTORS).configs)
+        adopt_heads(model, getattr(model, FACTORS).configs, heads)
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
         getattr(model, FACTORS).keep_statistics(model)
 
@@ -112,22 +124,6 @@ class FacTModel(BaseTuner):
         self.peft_config.pop(adapter_name, None)
         if config is not None:
             self.peft_config[adapter_name] = config
-
-    def _forget(self, adapter_name: str) -> None:
-        """Drop this model's adapter of a name, as when a cell of a notebook is run again. Those of models inside this
-        one, and of other methods, stay."""
-        stacks = own_stacks(self.model)
-        config = adapter_config(self.model, adapter_name)
-        for module in self.model.modules():
-            if isinstance(module, FacTLinear) and module.fact_stacks.get(adapter_name) in stacks:
-                module.forget(adapter_name)
-        for wrapper in self._heads():
-            if isinstance(wrapper, FacTHead) and wrapper.configs.get(adapter_name) is config is not None:
-                others = [name for name in wrapper.active_adapters if name != adapter_name]
-                wrapper.delete_adapter(adapter_name, new_active_adapters=others)
-        for stack in stacks:
-            stack.forget(adapter_name)
-        drop_empty_stacks(self.model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model, which is not given arguments that are None and that it does not have.
@@ -220,18 +216,8 @@ class FacTModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} exists already; choose another name or delete it first.")
-        configs = [fact_config(self, name) for name in adapters]
-        if len(set(adapters)) < len(adapters):
-            raise ValueError(f"adapters={adapters!r} names one adapter twice; add up its weights.")
-        heads = {
-            f"{name}.{key}": value.detach()
-            for name, module in self.model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
-            for key, value in module.original_module.state_dict().items()
-        }
-        order = [name for name, module in self.model.named_modules() if isinstance(module, FacTLinear)]
-        summed = weighted_sum([Adapter.of(self.model, name) for name in adapters], weights, heads, order)
-        summed = summed.replace(inference_mode=configs[0].inference_mode)
+        summed = sum_of_model(self.model, adapters, weights)
+        summed = summed.replace(inference_mode=fact_config(self, adapters[0]).inference_mode)
         self.peft_config[adapter_name] = summed.config
         self.inject_adapter(self.model, adapter_name)
         summed.fill(self.model, adapter_name)
@@ -252,7 +238,7 @@ class FacTModel(BaseTuner):
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
         del self.peft_config[adapter_name]
-        self._forget(adapter_name)
+        forget(self.model, adapter_name)
         if adapter_name not in self.active_adapters:
             return
         # PEFT lets each layer choose among its own adapters, so that layers of different adapters would disagree.
@@ -272,7 +258,7 @@ class FacTModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add increments to the base weights; see `BaseTuner.merge_adapter`. A refused merge changes nothing."""
-        self._check_mergeable(adapter_names, safe_merge)
+        check_mergeable(self.model, adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -283,29 +269,12 @@ class FacTModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._check_mergeable(adapter_names, safe_merge)
+            check_mergeable(self.model, adapter_names, safe_merge)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if hasattr(self.model, FACTORS):
             delattr(self.model, FACTORS)
         close_attentions(self.model)
         return self.model
-
-    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise before the first layer is merged rather than at the first bad one.
-
-        Raises:
-            ValueError: If a weight cannot take an increment, or with `safe_merge`, if a merged weight would not be
-                finite.
-        """
-        for path, layer in self.model.named_modules():
-            if not isinstance(layer, FacTLinear):
-                continue
-            names = layer.active_adapters if adapter_names is None else adapter_names
-            for name in [name for name in names if name in layer.fact_slices]:
-                if reason := layer.why_not_mergeable():
-                    raise ValueError(f"An increment cannot be merged into {path}: {reason}.")
-                if safe_merge:
-                    layer.merged_weight(name, check=True)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

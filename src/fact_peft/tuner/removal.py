@@ -11,8 +11,8 @@ from ..adapter.config import FacTConfig
 from ..adapter.validation import FACTORS
 from ..architecture.linears import replace_everywhere
 from ..architecture.multihead import close_attentions
-from ..upstream import ModulesToSaveWrapper
 from .factors import FacTStack, SharedFactors
+from .head import FacTHead
 from .layer import FacTLinear
 
 
@@ -30,38 +30,37 @@ def adapter_config(model: nn.Module, adapter_name: str) -> FacTConfig | None:
     return config
 
 
-def is_merged(model: nn.Module, adapter_name: str) -> bool:
-    """Whether the increment of an adapter is part of the base weights, so that it must not be changed."""
-    return any(adapter_name in stack.merged_adapters for stack in own_stacks(model))
+def forget(model: nn.Module, adapter_name: str) -> None:
+    """Drop an adapter of `model`: from its layers, its heads and its stacks, which stay where they are.
 
-
-def drop_empty_stacks(model: nn.Module) -> None:
-    """Remove the stacks in which no adapter has factors."""
-    stacks = getattr(model, FACTORS, {})
-    for name in [name for name, stack in stacks.items() if not stack.fact_U]:
-        del stacks[name]
+    Adapters of models inside this one, and of other methods, stay.
+    """
+    stacks, config = own_stacks(model), adapter_config(model, adapter_name)
+    for module in list(model.modules()):
+        if isinstance(module, FacTLinear) and module.fact_stacks.get(adapter_name) in stacks:
+            module.forget(adapter_name)
+        elif isinstance(module, FacTHead) and module.configs.get(adapter_name) is config is not None:
+            others = [name for name in module.active_adapters if name != adapter_name]
+            module.delete_adapter(adapter_name, new_active_adapters=others)
+    for stack in stacks:
+        stack.forget(adapter_name)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name in [name for name, stack in getattr(base, FACTORS, {}).items() if not stack.fact_U] if stacks else []:
+        del getattr(base, FACTORS)[name]
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:
-    """Undo the injection of an adapter: the model has no more wrappers than it needs for its other adapters."""
+    """Undo the injection of an adapter: the model keeps no wrapper that none of its other adapters needs."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    stacks = own_stacks(base)
+    forget(base, adapter_name)
     replacements: dict[nn.Module, nn.Module] = {}
     for module in base.modules():
-        if isinstance(module, FacTLinear) and module.fact_stacks.get(adapter_name) in stacks:
-            module.forget(adapter_name)
-            if not module.fact_slices:
-                replacements[module] = module.base_layer
-        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            others = [other for other in module.active_adapters if other != adapter_name]
-            module.delete_adapter(adapter_name, new_active_adapters=others)
-            if not module.modules_to_save:
-                replacements[module] = module.original_module
+        if isinstance(module, FacTLinear) and not module.fact_slices:
+            replacements[module] = module.base_layer
+        elif isinstance(module, FacTHead) and not module.modules_to_save:
+            replacements[module] = module.original_module
     replace_everywhere(base, replacements)
-    for stack in stacks:
-        stack.forget(adapter_name)
-    drop_empty_stacks(base)
-    if hasattr(base, FACTORS) and not getattr(base, FACTORS):
+    if isinstance(getattr(base, FACTORS, None), SharedFactors) and not getattr(base, FACTORS):
         delattr(base, FACTORS)
     if not any(isinstance(module, FacTLinear) for module in base.modules()):
         close_attentions(base)

@@ -1,0 +1,51 @@
+"""`python -m fact_peft`: merge and export give what the adapted model computes."""
+
+import pytest
+import torch
+from backbones import images, logits, make_backbone
+from peft import get_peft_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+from fact_peft import FacTConfig, save_image_classifier
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """An adapted classifier, and the folder it is saved in; its base lies beside it."""
+    root = tmp_path_factory.mktemp("classifier")
+    make_backbone("vit").save_pretrained(root / "base")
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(root / "base")
+    torch.manual_seed(0)
+    base = AutoModelForImageClassification.from_pretrained(root / "base")
+    model = get_peft_model(base, FacTConfig(rank=3, init_weights=False)).eval()
+    save_image_classifier(model, processor, root / "adapter")
+    return model, root
+
+
+def test_merge_saves_a_plain_model(classifier, tmp_path, run_module):
+    model, root = classifier
+    run_module("fact_peft", "merge", root / "adapter", tmp_path / "merged")
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(merged, images()), logits(model, images()), rtol=1e-4, atol=1e-5)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "merged").size["height"] == 16
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter about itself
+def test_export_saves_an_onnx_model_for_any_number_of_images(classifier, tmp_path, run_module):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, root = classifier
+    run_module("fact_peft", "export", root / "adapter", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 3):
+        pixels = images(count=count)
+        found = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+        with torch.no_grad():
+            torch.testing.assert_close(found, logits(model, pixels), rtol=1e-3, atol=1e-4)
+
+
+def test_an_unknown_command_is_refused(run_module):
+    with pytest.raises(SystemExit):
+        run_module("fact_peft", "melt")
