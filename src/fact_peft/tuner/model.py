@@ -76,11 +76,13 @@ class FacTModel(BaseTuner):
             raise
         self.peft_config[adapter_name] = config
         forget(self.model, adapter_name)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with undone_on_failure(model, adapter_name, self.peft_config) as heads:
             self._inject(model, adapter_name, config, heads, autocast_adapter_dtype, low_cpu_mem_usage)
         if is_saved:
             for stack in own_stacks(model):
-                stack.await_numbers(adapter_name)
+                if adapter_name in stack.fact_U:
+                    stack.await_numbers(adapter_name, trained)
         if adapter_name in self.active_adapters:
             for wrapper in self._heads():  # PEFT activates a new head only where there was none
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
@@ -304,8 +306,12 @@ class FacTModel(BaseTuner):
                 model, config, adapter_name, state_dict, biases, super()._remap_adapter_state_dict_for_load
             )
         except ValueError:
-            if any(adapter_name in stack.unloaded for stack in own_stacks(model)):
+            waiting = [stack for stack in own_stacks(model) if adapter_name in stack.unloaded]
+            if waiting:
+                trained = waiting[0].unloaded[adapter_name]
                 discard(model, adapter_name)
                 configs: Any = model.peft_config
                 configs.pop(adapter_name, None)
+                for parameter in trained:
+                    parameter.requires_grad_(True)
             raise
