@@ -88,7 +88,7 @@ def load_image_classifier(
     Raises:
         ValueError: If this is not a FacT adapter, or no base model is known, or the base does not fit the adapter.
     """
-    folder = find_folder(Path(folder_or_hub_id), revision, token, FILES)
+    folder = find_folder(Path(folder_or_hub_id), FILES, revision, token)
     adapter = Adapter.read(folder)
     base = base_model if isinstance(base_model, PreTrainedModel) else load_base(adapter.config, base_model, token)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
