@@ -155,7 +155,7 @@ class Surfaces(Verbs):
             for letter, factor in factors.items():
                 assert torch.equal(factor, expected.factors[stack][letter])
                 exact = numbers[stack, letter]
-                # Half a step where the largest number has the last code; the scales of least squared error are no worse.
+                # The scales of least squared error are no worse than those that reach the largest number.
                 bound = 1.05 * exact.numel() ** 0.5 * exact.abs().max() / (2**bits - 1)
                 assert (factor.double() - exact).norm() <= bound, f"int{bits} of {stack} {letter}"
 

@@ -27,7 +27,7 @@ from .loading import checked_state_dict, stored_state_dict
 from .merging import check_mergeable, is_merged
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
-from .removal import activate, adapter_config, discard, forget, own_stacks, undone_on_failure
+from .removal import activate, adapter_config, forget, own_stacks, undo_awaiting, undone_on_failure
 
 
 class FacTModel(BaseTuner):
@@ -293,12 +293,5 @@ class FacTModel(BaseTuner):
                 model, config, adapter_name, state_dict, biases, super()._remap_adapter_state_dict_for_load
             )
         except ValueError:
-            waiting = [stack for stack in own_stacks(model) if adapter_name in stack.unloaded]
-            if waiting:
-                trained = waiting[0].unloaded[adapter_name]
-                discard(model, adapter_name)
-                configs: Any = model.peft_config
-                configs.pop(adapter_name, None)
-                for parameter in trained:
-                    parameter.requires_grad_(True)
+            undo_awaiting(model, adapter_name)
             raise
