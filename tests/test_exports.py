@@ -4,13 +4,16 @@ pytest tests/test_exports.py -m slow -k "DINOv3"    # every architecture takes a
 """
 
 import pytest
+import torch
 from architectures import ARCHITECTURES
+from backbones import images, make_backbone
 from exporting import WAYS, adapt, difference
+from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 
-from fact_peft import FacTLinear
+from fact_peft import FacTConfig, FacTLinear
 
 # In float32, of the adapter's effect. An export that has lost an adapter differs by 0.3 to 1.
 TOLERANCE = 1e-4
@@ -78,3 +81,13 @@ def test_a_fake_weight_has_the_increment_too():
         weight = functional_call(reading, fakes, ())
     assert isinstance(weight, FakeTensor)
     assert weight.requires_grad
+
+
+def test_an_adapter_is_added_and_deleted_after_an_export():
+    """torch.export replaces plain dicts of the modules by copies, which then no longer agree."""
+    model = get_peft_model(make_backbone("vit"), FacTConfig(rank=2)).eval()
+    names = model.state_dict().keys()
+    torch.export.export(model, (images(),), strict=False)
+    model.add_adapter("other", FacTConfig(rank=2))
+    model.delete_adapter("other")
+    assert model.state_dict().keys() == names

@@ -252,6 +252,8 @@ class Surfaces(Verbs):
             return
         network = _Logits(self.model).eval()
         program = self.call("torch.export", False, lambda: torch.export.export(network, (PIXELS,), strict=False))
+        if self.surface == "PeftModel":  # torch.export leaves a copy here, whatever the PEFT method
+            self.network.peft_config = self.model.base_model.peft_config
         with torch.no_grad():
             self.close(program.module()(PIXELS), self.reference.logits(PIXELS), "exported output")
 
@@ -312,7 +314,7 @@ class PeftSurfaces(Surfaces, PeftVerbs):
                 assert parameter.requires_grad and owner == adapter_name
                 adapter.factors[stack, letter.removeprefix("fact_")] = parameter.detach().double()
         assert {key: tuple(value.shape) for key, value in adapter.factors.items()} == adapter.shapes()
-        # Layers of the first with an adapter of this name are switched on too, and heads stay, whatever the PEFT method.
+        # Layers of the first with an adapter of this name are switched on too, and heads stay: so they do with LoRA.
         if self.reference.head is None and adapter_name not in self.reference.adapters:
             with torch.no_grad():
                 expected = self.reference.run(PIXELS, adapter.increments(), {})

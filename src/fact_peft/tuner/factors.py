@@ -45,6 +45,13 @@ class FacTLayer(BaseTunerLayer):
                 del getattr(self, attribute)[adapter_name]
 
 
+class Configs(dict[str, FacTConfig]):
+    """Configs by adapter name, one object for all modules that hold it.
+
+    ``torch.export`` replaces every plain dict that is an attribute of a module by a copy, but no subclass of dict.
+    """
+
+
 class SharedFactors(nn.ModuleDict):
     """The stacks of a model by slice shape.
 
@@ -63,7 +70,7 @@ class SharedFactors(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.configs: dict[str, FacTConfig] = {}
+        self.configs = Configs()
         self.frozen_norms: list[nn.Module] = []  # a list hides them from nn.Module
 
     def keep_statistics(self, model: nn.Module) -> None:
