@@ -162,7 +162,7 @@ def test_damaged_file_is_refused_without_a_trace_or_loaded_to_finite_numbers(dam
                 return
             except KeyError as error:
                 # PEFT's own, for any method: a head that the file lacks is missed when the layers are already there.
-                assert ".classifier." in str(error)
+                assert "classifier." in str(error)
                 return
         loaded = loaded if isinstance(loaded, PeftModel) else model
         assert read is not None, "was loaded, but could not be read"
