@@ -81,7 +81,7 @@ def merge(arguments: argparse.Namespace) -> None:
     else:
         from timm.models import save_for_hf  # not every user of the package has timm
 
-        named, data_config = {"label_names": labels}, image_processor.data_config
+        named, data_config = {"label_names": labels}, getattr(image_processor, "data_config", None)
         save_for_hf(merged, arguments.out, model_config=named, data_config=data_config, safe_serialization=True)
     print(f"merged model  {arguments.out}")
 

@@ -138,9 +138,8 @@ def usage(config: FacTConfig, folder: Path, name: str, has_base: bool) -> list[s
     arguments = for_python(name) + ("" if has_base else f", base_model={for_python(base)}")
     load = f"model, image_processor = load_image_classifier({arguments})"
     if is_timm(config):
-        base = (
-            f"hf-hub:{base}{f'@{revision}' if revision else ''}" if has_base else "local-dir:folder of the base model"
-        )
+        at = f"@{revision}" if revision else ""
+        base = f"hf-hub:{base}{at}" if has_base else "local-dir:folder of the base model"
         arguments = "".join(f", {key}={value!r}" for key, value in timm_arguments(config, folder).items())
         library, base = "import timm", f"timm.create_model({for_python(base)}, pretrained=True{arguments})"
         classify = [
