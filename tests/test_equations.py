@@ -4,6 +4,9 @@ Compared with the equations written out in float64 (benchmarks/exactness.py), wi
 a network whose weights were replaced by W + dW.
 """
 
+import copy
+import dataclasses
+
 import pytest
 import tensorly
 import torch
@@ -145,6 +148,25 @@ def test_the_default_scale_follows_from_start_and_rank(settings, scale, tmp_path
     assert config.scale == scale
     config.save_pretrained(tmp_path)
     assert FacTConfig.from_pretrained(tmp_path).scale == scale
+
+
+@pytest.mark.parametrize("how", ["replace", "copy"])
+def test_the_default_scale_follows_the_rank_of_a_copy_until_it_is_set(how):
+    def with_rank(config, rank):
+        if how == "replace":
+            return dataclasses.replace(config, rank=rank)
+        config = copy.copy(config)
+        config.rank = rank
+        return config
+
+    assert with_rank(FacTConfig(), 4).scale == FacTConfig(rank=4).scale == 8.0
+    assert with_rank(with_rank(FacTConfig(), 4), 2).scale == 16.0
+    assert with_rank(FacTConfig(scale=3.0), 4).scale == 3.0
+    model = get_peft_model(make_backbone("vit"), FacTConfig())
+    assert with_rank(model.peft_config["default"], 4).scale == 8.0
+    config = FacTConfig()
+    config.scale = 5.0
+    assert with_rank(config, 4).scale == 5.0
 
 
 def test_the_default_start_is_the_orthogonal_one():

@@ -138,13 +138,13 @@ def test_weighted_sum_of_one_adapter_is_that_adapter(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((["default"], [1.0, 2.0], "sum"), "one weight per distinct adapter"),
-        ((["default", "default"], [1.0, 2.0], "sum"), "one weight per distinct adapter"),
-        (([], [], "sum"), "one weight per distinct adapter"),
+        ((["default"], [1.0, 2.0], "sum"), "must be one number for each of 1 adapters"),
+        ((["default", "default"], [1.0, 2.0], "sum"), "names one adapter twice"),
+        (([], [], "sum"), "must be one number for each of 0 adapters"),
         ((["default"], [float("nan")], "sum"), "must be finite"),
         ((["default"], [1.0], "default"), "exists already"),
         ((["nobody"], [1.0], "sum"), "'nobody' does not exist"),
-        ((["default", "wide"], [1.0, 1.0], "sum"), "rank=34 is larger than 32"),
+        ((["default", "wide"], [1.0, 1.0], "sum"), "rank=34, which is larger than 32"),
     ],
 )
 def test_weighted_sum_refuses(arguments, message):

@@ -39,7 +39,7 @@ def options(folder: Path) -> list[str]:
         split.to_parquet(folder / f"{name}.parquet")
     files = [f"{name}={folder / name}.parquet" for name in splits]
     options = ["--model", str(backbone), "--dataset", "parquet", "--data_files", *files, "--num_train_epochs", "2"]
-    options += ["--learning_rate", "1e-2", "--warmup_steps", "0", "--fact_dropout", "0"]
+    options += ["--learning_rate", "1e-2", "--warmup_steps", "0", "--augment", "none"]
     single = [sys.executable, TRAINER, *options, "--output_dir", str(folder / "single" / "trainer"), "--use_cpu"]
     subprocess.run(single, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
     return options

@@ -48,7 +48,7 @@ def errors(shape: tuple[int, int], decomposition: str, dtype: torch.dtype, rank:
     torch.manual_seed(0)
     slices = tensorize({"first": shape, "second": shape})["second"]
     config = FacTConfig(rank=rank, decomposition=decomposition, scale=10.0, init_weights=False)
-    stack = FacTStack(slices.in_width, slices.out_width)
+    stack = FacTStack(slices.in_width, slices.out_width, configs={})
     stack.add_adapter("default", config, num_slices=2 * slices.count)
     # Every input of the comparison is representable in the dtype, so that only the arithmetic differs.
     layer = FacTLinear(nn.Linear(*shape).to(dtype))

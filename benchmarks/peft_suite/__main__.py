@@ -58,7 +58,7 @@ PAIRS = """
         {"rank": 2, "scale": 1.0, "target_modules": ["lin1"], "init_weights": False},
     ),
 """
-FACT, LORA = re.compile("FacT"), re.compile("LoRA-MLP|[[]LoraConfig[]]")
+FACT, LORA = re.compile("FacT"), re.compile(r"LoRA-MLP|\[LoraConfig\]")
 
 
 def with_rows(text: str) -> str:
@@ -110,9 +110,17 @@ def main() -> None:
     for title, pattern in (("FacT", FACT), ("LoRA", LORA)):
         counts = Counter(outcome for name, outcome in outcomes.items() if pattern.search(name))
         print(f"{title}: {', '.join(f'{counts[kind]} {kind}' for kind in ('passed', 'skipped', 'failure', 'error'))}")
-    failed = [name for name, outcome in outcomes.items() if FACT.search(name) and outcome in ("failure", "error")]
-    for test, count in Counter(name.partition("[")[0] for name in failed).most_common():
-        print(f"  {count} {test}")
+    failures = {
+        title: Counter(
+            name.partition("[")[0]
+            for name, outcome in outcomes.items()
+            if pattern.search(name) and outcome in ("failure", "error")
+        )
+        for title, pattern in (("FacT", FACT), ("LoRA", LORA))
+    }
+    print("Tests that fail for FacT:")
+    for test, count in failures["FacT"].most_common():
+        print(f"  {count} {test}{' (for LoRA too)' if test in failures['LoRA'] else ''}")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ from .operations.gradient_start import initialize_from_gradients
 from .operations.hotswap import hotswap_adapter
 from .operations.lora import convert_to_lora, save_as_lora
 from .operations.parameter_groups import parameter_groups
-from .operations.quantization import quantize_adapter
-from .operations.straight_through import StraightThrough, StraightThroughCallback
-from .serving.pool import AdapterPool
-from .serving.prediction import Prediction
+from .operations.quantization import StraightThrough, StraightThroughCallback, quantize_adapter
+from .serving.pool import AdapterPool, Prediction
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
 from .tuner.combination import weighted_sum
 from .tuner.layer import FacTLinear

@@ -16,7 +16,7 @@ from fact_peft.adapter.packing import pack, rounded, unpack
 from fact_peft.adapter.storage import bits_of
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
-from fact_peft.operations.straight_through import stacks_of
+from fact_peft.operations.quantization import stacks_of
 
 AS_TRAINED, ORTHOGONALIZED = "as trained", "orthogonalized"
 

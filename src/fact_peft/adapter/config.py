@@ -1,11 +1,12 @@
 """The configuration of a FacT adapter, and every check of it that needs no model."""
+# ruff: noqa: RUF009 (`option` makes a dataclass field)
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -45,6 +46,11 @@ OTHER_NAMES = {
 }
 
 
+def option(default: Any, help: str) -> Any:
+    """A field with a default and the help text that command lines show."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class FacTConfig(PeftConfig):
     """Configuration of FacT, Factor-Tuning (Jie & Deng, AAAI 2023, arXiv 2212.03145).
@@ -62,8 +68,8 @@ class FacTConfig(PeftConfig):
             is a mixture of r shared cores, which takes fewer parameters at equal rank. ``"cp"``, canonical polyadic
             (not in the paper): diagonal cores, which take the fewest.
         scale: Factor s in front of the increment, not zero. It acts like a learning rate on the factors. None: 32 /
-            rank with the orthogonal start, else 1; see `scaling`. The paper searches 0.01, 0.1, 1, 10 and 100 per task,
-            with ``init_weights=True``.
+            rank with the orthogonal start, else 1; it follows both until it is set. The paper searches 0.01, 0.1, 1, 10
+            and 100 per task, with ``init_weights=True``.
         fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
         target_modules: Linear layers to adapt, as in every PEFT method: name suffixes, one regex that matches whole
             names, or ``"all-linear"``. None: all linear layers inside the repeated transformer blocks, found by
@@ -96,68 +102,44 @@ class FacTConfig(PeftConfig):
         ValueError: If a value has the wrong type or is out of its range.
     """
 
-    rank: int = field(default=16, metadata={"help": "Rank r of the factors."})
-    decomposition: str = field(
-        default="tt",
-        metadata={"help": " or ".join(f"{name!r} ({member.title})" for name, member in DECOMPOSITIONS.items())},
+    rank: int = option(16, "Rank r of the factors.")
+    decomposition: str = option("tt", " or ".join(f"{key!r} ({form.title})" for key, form in DECOMPOSITIONS.items()))
+    scale: float | None = option(
+        None, "Factor s in front of the increment. None: 32 / rank with the orthogonal start, else 1."
     )
-    scale: float | None = field(
-        default=None,
-        metadata={"help": "Factor s in front of the increment. None: 32 / rank with the orthogonal start, else 1."},
+    fact_dropout: float = option(0.0, "Dropout probability on the activation between core and V.")
+    target_modules: set[str] | list[str] | str | None = option(
+        None,
+        "Linear layers to adapt: name suffixes, a regex, or 'all-linear'. "
+        "None: all linear layers inside the repeated transformer blocks.",
     )
-    fact_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout probability on the activation between core and V."}
+    exclude_modules: set[str] | list[str] | str | None = option(None, "Layers not to adapt: name suffixes or a regex.")
+    layers_to_transform: list[int] | int | None = option(None, "Indices of the blocks to adapt. None: all.")
+    layers_pattern: list[str] | str | None = option(
+        None, "Name of the block container that layers_to_transform counts in."
     )
-    target_modules: set[str] | list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Linear layers to adapt: name suffixes, a regex, or 'all-linear'. "
-            "None: all linear layers inside the repeated transformer blocks."
-        },
+    share: Literal["model", "block"] = option(
+        "model", "Who shares U and V: all layers ('model') or those of each block ('block')."
     )
-    exclude_modules: set[str] | list[str] | str | None = field(
-        default=None, metadata={"help": "Layers not to adapt: name suffixes or a regex."}
+    modules_to_save: list[str] | None = option(
+        None, "Modules trained in full and saved. None: the classifier, if there is one. []: none."
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt. None: all."}
+    bias: Literal["none", "all", "fact_only"] = option("none", "Biases to train: 'none', 'all' or 'fact_only'.")
+    fan_in_fan_out: bool = option(False, "True if the adapted layers store their weight as (in, out).")
+    init_weights: bool | Literal["orthogonal"] = option(
+        "orthogonal",
+        "'orthogonal': orthonormal U and V, zero cores. True: the authors' start, V = 0. False: every factor random.",
     )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the block container that layers_to_transform counts in."}
+    labels: list[str] | None = option(
+        None, "Class names in the order of the logits. None: those of the model's config."
     )
-    share: Literal["model", "block"] = field(
-        default="model", metadata={"help": "Who shares U and V: all layers ('model') or those of each block ('block')."}
+    storage: str | None = option(
+        None, f"Data type of the factors on disk: {', '.join(STORAGES)}. None: that of the model."
     )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules trained in full and saved. None: the classifier, if there is one. []: none."},
+    head_storage: str | None = option(
+        None, "Data type of modules_to_save on disk. None: as storage, but at least int8."
     )
-    bias: Literal["none", "all", "fact_only"] = field(
-        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'fact_only'."}
-    )
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "True if the adapted layers store their weight as (in, out)."}
-    )
-    init_weights: bool | Literal["orthogonal"] = field(
-        default="orthogonal",
-        metadata={
-            "help": "'orthogonal': orthonormal U and V and zero cores. True: the authors' start, V = 0. False: every "
-            "factor random."
-        },
-    )
-    labels: list[str] | None = field(
-        default=None,
-        metadata={"help": "Class names in the order of the logits. None: those of the model's config."},
-    )
-    storage: str | None = field(
-        default=None,
-        metadata={"help": f"Data type of the factors on disk: {', '.join(STORAGES)}. None: that of the model."},
-    )
-    head_storage: str | None = field(
-        default=None, metadata={"help": "Data type of modules_to_save on disk. None: as storage, but at least int8."}
-    )
-    layout: list[str] | None = field(
-        default=None, metadata={"help": "Which layer owns which slices; settled when the adapter is created."}
-    )
+    layout: list[str] | None = option(None, "Which layer owns which slices; settled when the adapter is created.")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FacTConfig:
         """Explain arguments that belong to other methods; the dataclass would only say that it does not know them."""
@@ -235,15 +217,16 @@ class FacTConfig(PeftConfig):
             config.ignores_mismatched_head = bool(kwargs.get("ignore_mismatched_sizes"))
         return config
 
+    _scale: ClassVar[float | None] = None  # what was set; the field `scale` is a property, see below
     # Not fields: they belong to one loading and are not saved.
     ignores_mismatched_head = False
     renaming = UNCHANGED
 
     @property
     def scaling(self) -> float:
-        """The factor s: `scale`, or what it is by default for this rank and start."""
-        if self.scale is not None:
-            return float(self.scale)
+        """`scale` as a plain float."""
+        if self._scale is not None:
+            return float(self._scale)
         return ORTHOGONAL_SCALE / self.rank if self.init_weights == "orthogonal" else 1.0
 
     @property
@@ -268,8 +251,8 @@ class FacTConfig(PeftConfig):
         Raises:
             ValueError: If it is not a number, zero, or does not fit a float32.
         """
-        if self.scale is not None:
-            check_scale(self.scale)
+        if self._scale is not None:
+            check_scale(self._scale)
 
     def check_storage(self) -> None:
         """Check `storage` and `head_storage`, which may be changed at any time.
@@ -280,6 +263,24 @@ class FacTConfig(PeftConfig):
         for name in ("storage", "head_storage"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), STORAGES)
+
+
+class DefaultScale(float):
+    """A scale that nobody has set. A config that gets it, as from `dataclasses.replace`, has none set either."""
+
+
+def get_scale(config: FacTConfig) -> float:
+    """What reading ``config.scale`` gives."""
+    return DefaultScale(config.scaling) if config._scale is None else config._scale
+
+
+def set_scale(config: FacTConfig, scale: float | None) -> None:
+    """What writing ``config.scale`` does."""
+    vars(config)["_scale"] = None if isinstance(scale, DefaultScale) else scale
+
+
+# So that the scale follows rank and start until it is set, also in copies of a config whose rank is changed.
+FacTConfig.scale = property(get_scale, set_scale)  # type: ignore[assignment]
 
 
 def fact_config(model: nn.Module, adapter_name: str) -> FacTConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,10 +20,38 @@ from .adapter_cache import AdapterCache
 from .gathering import gather
 from .pooled_adapter import PooledAdapter, increment_norms, pooled, read
 from .pooled_model import PooledModel
-from .prediction import Prediction
 
 Source = str | Path | Adapter | tuple[FacTConfig, dict[str, Tensor]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer of one adapter, or of the base model alone, to one image.
+
+    Attributes:
+        adapter: Name of the adapter; None for the base model.
+        logits: (num_labels,), on the device of the model.
+        labels: The class names in the order of the logits; None if nobody has named them.
+    """
+
+    adapter: str | None
+    logits: Tensor
+    labels: list[str] | None
+
+    @property
+    def scores(self) -> Tensor:
+        """Probabilities (num_labels,) in float32."""
+        return self.logits.float().softmax(-1)
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The `k` most probable classes, or all if there are fewer, with their probabilities.
+
+        A class without a name goes by its number.
+        """
+        scores, indices = self.scores.topk(min(k, len(self.logits)))
+        names = [str(i) if self.labels is None else self.labels[i] for i in indices.tolist()]
+        return list(zip(names, scores.tolist(), strict=True))
 
 
 class AdapterPool:

@@ -34,6 +34,9 @@ class FacTHead(ModulesToSaveWrapper):
     configs: dict[str, FacTConfig]
     is_classifier: bool
 
+    def _get_name(self) -> str:
+        return str(ModulesToSaveWrapper.__name__)  # which PEFT's messages name, and printed models show
+
     def to_float32(self, adapter_name: str) -> None:
         """Cast the head of an adapter from float16 or bfloat16, in which no optimizer can train it."""
         if adapter_name in self.modules_to_save:

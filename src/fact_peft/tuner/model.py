@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ..adapter.config import FacTConfig, fact_config
 from ..adapter.validation import FACTORS
-from ..architecture.linears import replace_everywhere
 from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import stack_sizes
-from ..upstream import ModulesToSaveWrapper, activate_heads
+from ..upstream import ModulesToSaveWrapper
 from .adapter_names import using_adapters
 from .combination import sum_of_model
 from .factors import FacTLayer, SharedFactors, ordinary_tensors
@@ -29,7 +28,7 @@ from .loading import checked_state_dict, stored_state_dict
 from .merging import check_mergeable, is_merged
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
-from .removal import adapter_config, discard, forget, own_stacks
+from .removal import activate, adapter_config, discard, forget, own_stacks, undone_on_failure
 
 
 class FacTModel(BaseTuner):
@@ -64,7 +63,6 @@ class FacTModel(BaseTuner):
         asked = self.peft_config[adapter_name]
         assert isinstance(asked, FacTConfig)
         previous, is_saved = adapter_config(model, adapter_name), asked.layout is not None
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             if is_merged(model, adapter_name):
                 raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is replaced.")
@@ -78,16 +76,8 @@ class FacTModel(BaseTuner):
             raise
         self.peft_config[adapter_name] = config
         forget(self.model, adapter_name)
-        heads = set(self._heads())
-        try:
+        with undone_on_failure(model, adapter_name, self.peft_config) as heads:
             self._inject(model, adapter_name, config, heads, autocast_adapter_dtype, low_cpu_mem_usage)
-        except Exception:
-            discard(model, adapter_name)
-            replace_everywhere(model, {head: head.original_module for head in self._heads() if head not in heads})
-            self._set_config(adapter_name, None)
-            for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
-            raise
         if is_saved:
             for stack in own_stacks(model):
                 stack.await_numbers(adapter_name)
@@ -96,23 +86,15 @@ class FacTModel(BaseTuner):
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
                     wrapper.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
-    def _inject(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        config: FacTConfig,
-        heads: set[nn.Module],
-        autocast: bool,
-        on_meta: bool,
-    ) -> None:
-        """Create factors and wrap layers. `heads` are those that were wrapped before."""
+    def _inject(self, model: nn.Module, name: str, config: FacTConfig, heads: set[nn.Module], *how: bool) -> None:
+        """Create factors and wrap layers. `heads` are those wrapped before; the rest is as for `BaseTuner`."""
         slices = config.slices
         open_attentions(model, slices)
         targets, in_part = config.target_modules, any(owned.parts for owned in slices.values())
         with warnings.catch_warnings():
             if in_part:  # PEFT sees whole layers only, of which none is excluded
                 warnings.filterwarnings("ignore", message="You have passed exclude_modules")
-            super().inject_adapter(model, adapter_name, autocast, on_meta)
+            super().inject_adapter(model, name, *how)
         if in_part:  # PEFT shortens long lists to what tells modules apart, which their parts are not
             config.target_modules = targets
         adopt_heads(model, getattr(model, FACTORS).configs, heads)
@@ -249,11 +231,7 @@ class FacTModel(BaseTuner):
                 f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.",
                 stacklevel=2,
             )
-        for module in self.model.modules():
-            if isinstance(module, FacTLayer):
-                module.set_adapter(active)
-        if active:
-            activate_heads(self.model, active)
+        activate(self.model, active)
         self.active_adapter = active
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

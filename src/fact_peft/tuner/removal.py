@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -11,7 +13,8 @@ from ..adapter.config import FacTConfig
 from ..adapter.validation import FACTORS
 from ..architecture.linears import replace_everywhere
 from ..architecture.multihead import close_attentions
-from .factors import FacTStack, SharedFactors
+from ..upstream import ModulesToSaveWrapper, activate_heads
+from .factors import FacTLayer, FacTStack, SharedFactors
 from .head import FacTHead
 from .layer import FacTLinear
 
@@ -64,3 +67,29 @@ def discard(model: nn.Module, adapter_name: str) -> None:
         delattr(base, FACTORS)
     if not any(isinstance(module, FacTLinear) for module in base.modules()):
         close_attentions(base)
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> Iterator[set[nn.Module]]:
+    """Undo the injection of an adapter if the block raises; gives the heads that are wrapped when it begins."""
+    heads = {module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)}
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield heads
+    except Exception:
+        discard(model, adapter_name)
+        new = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper) and module not in heads]
+        replace_everywhere(model, {head: head.original_module for head in new})
+        configs.pop(adapter_name, None)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def activate(model: nn.Module, adapter_names: list[str]) -> None:
+    """Make these the active adapters of every layer and head."""
+    for module in model.modules():
+        if isinstance(module, FacTLayer):
+            module.set_adapter(adapter_names)
+    if adapter_names:
+        activate_heads(model, adapter_names)
