@@ -353,6 +353,12 @@ def test_timm_adapter_saved_by_peft_alone_is_preprocessed_as_its_model(tmp_path)
     assert image_processor(PICTURE)["pixel_values"].shape == (1, 3, 32, 32)
 
 
+def test_model_without_any_image_processor_is_refused(tmp_path):
+    get_peft_model(make_backbone("timm"), FacTConfig(rank=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no preprocessor_config.json in .*VisionTransformer names no model"):
+        load_image_classifier(tmp_path, base_model=make_backbone("timm"))
+
+
 def test_timm_model_that_is_loaded_already_is_used(tmp_path):
     model = get_peft_model(timm_model(num_classes=3), FacTConfig(rank=4, init_weights=False)).eval()
     model.get_base_model().pretrained_cfg.pop("hf_hub_id")
@@ -383,7 +389,7 @@ def test_base_of_a_timm_model_is_recorded_by_its_hub_id(source, revision, tmp_pa
 def test_what_is_no_image_processor_is_refused_and_nothing_is_written(value, tmp_path):
     vit = get_peft_model(make_backbone("timm" if value is None else "vit"), FacTConfig(rank=2))
     for save in (save_image_classifier, push_image_classifier):
-        with pytest.raises(ValueError, match=rf"image_processor={re.escape(repr(value))} .*resolve_model_data_config"):
+        with pytest.raises(ValueError, match=rf"image_processor={re.escape(repr(value))} .*resolve_input_data_config"):
             save(vit, value, str(tmp_path / "adapter"), base_model="me/base")
     assert not (tmp_path / "adapter").exists()
 

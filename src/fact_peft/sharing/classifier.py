@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..adapter.adapter import Adapter
@@ -102,7 +102,7 @@ def load_image_classifier(
     if not isinstance(base_model, nn.Module):
         base = load_base(adapter.config, folder, base_model, token)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
-    if adapter.config.labels and hasattr(base, "config"):
+    if adapter.config.labels and isinstance(base, PreTrainedModel):
         base.config.update(label_settings(adapter.config.labels))
     accept_in_pipeline()
     revision = None if base_model else adapter.config.revision  # of the base model

@@ -38,7 +38,7 @@ def find_image_processor(image_processor: Any, model: nn.Module) -> Any:
         raise ValueError(
             f"image_processor={image_processor!r} cannot be saved; pass the one that prepares the images of the model, "
             "such as AutoImageProcessor.from_pretrained(base_model), or for a timm model its data config, such as "
-            "timm.data.resolve_model_data_config(model)."
+            "timm.data.resolve_input_data_config(model)."
         )
     return image_processor
 
@@ -52,7 +52,7 @@ def timm_processor(data_config: Any) -> Any:
     if not isinstance(data_config, dict) or not {"input_size", "mean", "std"} <= data_config.keys():
         raise ValueError(
             f"image_processor={data_config!r} is not a data config of timm, which has input_size, mean and std; pass "
-            "what timm.data.resolve_model_data_config(model) returns."
+            "what timm.data.resolve_input_data_config(model) returns."
         )
     from transformers import TimmWrapperImageProcessor  # imports timm
 
@@ -115,6 +115,9 @@ def load_image_processor(folder: Path, model: Any, **download: Any) -> Any:
         folder: Where the adapter lies.
         model: The base model.
         download: For ``AutoImageProcessor.from_pretrained`` of the base model.
+
+    Raises:
+        ValueError: If there is none, or its file is not one.
     """
     settings = read_settings(folder)
     if settings.get("image_processor_type") == TIMM_PROCESSOR:
@@ -123,4 +126,9 @@ def load_image_processor(folder: Path, model: Any, **download: Any) -> Any:
         return AutoImageProcessor.from_pretrained(str(folder))
     if getattr(model, "pretrained_cfg", None):
         return find_image_processor(None, model)
+    if not getattr(model, "name_or_path", None):
+        raise ValueError(
+            f"There is no {IMAGE_PROCESSOR_NAME} in {folder}, and {type(model).__name__} names no model that has one; "
+            "save the adapter with save_image_classifier(model, image_processor, folder)."
+        )
     return AutoImageProcessor.from_pretrained(model.name_or_path, **download)
