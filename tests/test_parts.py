@@ -243,7 +243,7 @@ def test_layers_of_another_order_are_refused_by_name(attention, reason):
     model = nn.ModuleDict({"blocks": nn.ModuleList([attention(), attention()])})
     before = [type(module) for module in model.modules()]
     with pytest.raises(
-        ValueError, match=rf"blocks\.0\.qkv of .* does not give q, k and v .*{reason}.*blocks\.0\.qkv\.q"
+        ValueError, match=rf"blocks\.0\.qkv of .* does not put out q, then k, then v .*{reason}.*blocks\.0\.qkv\.q"
     ):
         adapt(model, target_modules=["qkv.q", "qkv.v"])
     assert [type(module) for module in model.modules()] == before

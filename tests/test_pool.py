@@ -181,9 +181,9 @@ def test_what_cannot_be_pooled_is_refused_and_changes_nothing(tmp_path):
         (tmp_path / "swin", r"adapts swin.* another backbone"),
         (tmp_path / "lora", r"not a FacT adapter but one of PeftType.LORA"),
         (tmp_path / "cut", r"not a whole safetensors file"),
-        (changed(**{U: state[U][:, :3]}), r"factor U of 32x32 is \[32, 3\] instead of \[32, 4\]"),
+        (changed(**{U: state[U][:, :3]}), r"fact_U is \(32, 3\) in the file, \(32, 4\) by the config"),
         (changed(**{U: state[U] * float("nan")}), r"holds NaN"),
-        ((good.config, {k: v for k, v in state.items() if k != U}), r"32x32 U is missing"),
+        ((good.config, {k: v for k, v in state.items() if k != U}), r"fact_U is missing in the file"),
         (changed(**{f"{classifier}.weight": torch.randn(5, 31)}), r"classifier.weight is \[5, 31\]"),
         (changed(**{f"{classifier}.weight": torch.randn(6, 32)}), r"different numbers of outputs"),
         ((good.config, {k: v for k, v in state.items() if k != f"{classifier}.bias"}), r"only weight is there"),
@@ -254,7 +254,7 @@ def test_an_adapter_that_was_used_stays(tmp_path):
         pool.load(name, tmp_path)
     pool(images(), ["a"] * 3)
     pool.load("c", tmp_path)
-    assert [name for name in pool.names() if pool._versions[name] in pool._shelf._on_device] == ["a", "c"]
+    assert [name for name in pool.names() if pool._versions[name] in pool._cache._on_device] == ["a", "c"]
 
 
 def test_a_lost_file_is_reported_and_the_others_go_on(tmp_path):

@@ -86,7 +86,7 @@ class FacTModel(BaseTuner):
                 if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
                     wrapper.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
-    def _inject(self, model: nn.Module, name: str, config: FacTConfig, heads: set[nn.Module], *how: bool) -> None:
+    def _inject(self, model: nn.Module, name: str, config: FacTConfig, heads: set[nn.Module], *how: Any) -> None:
         """Create factors and wrap layers. `heads` are those wrapped before; the rest is as for `BaseTuner`."""
         slices = config.slices
         open_attentions(model, slices)
