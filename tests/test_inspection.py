@@ -53,7 +53,8 @@ def test_the_command_prints_and_draws(adapted, tmp_path, monkeypatch, capsys):
     title = {"tt": "FacT-TT, tensor-train", "tk": "FacT-TK, Tucker"}[config.decomposition]
     assert f"{title}, rank 3, scale 0.7" in printed
     assert f"{num_factors:,} in the factors" in printed
-    assert f"{(folder / 'adapter_model.safetensors').stat().st_size:,} adapter_model.safetensors" in printed
+    size = sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json"))
+    assert f"bytes       {size:,}: " in printed
     assert all(line in printed for line in config.layout)
     with Image.open(picture) as image:
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 50  # a map with its colour bar, not a blank

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
 from .adapter.adapter import Adapter
+from .adapter.files import find_folder
 from .adapter.names import for_terminal
 from .converters.conversion import FORMATS, convert_checkpoint
 from .operations.export import export_onnx
@@ -58,9 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    adapter = Adapter.read(arguments.adapter)
-    folder = Path(arguments.adapter)
-    print(describe(adapter, folder if folder.is_dir() else None))
+    folder = find_folder(arguments.adapter, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+    adapter = Adapter.read(folder)
+    print(describe(adapter, folder))
     if arguments.map:
         draw_increments(adapter.increment_norms(), arguments.map)
         print(f"map         {arguments.map}")

@@ -67,7 +67,7 @@ class Adapter:
             ValueError: If it is an adapter of another method, or a file is damaged, renamed or missing.
         """
         source = Path(folder_or_hub_id)
-        folder = find_folder(source, revision, token, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+        folder = find_folder(source, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME], revision, token)
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder} has no {CONFIG_NAME}; pass the folder that an adapter was saved in.")
         try:

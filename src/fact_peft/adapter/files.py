@@ -27,7 +27,9 @@ STAGING = ".saving-"
 ABANDONED_AFTER = 3600.0  # seconds, when what a killed process left is removed by the next save
 
 
-def find_folder(source: str | Path, revision: str | None, token: str | bool | None, files: list[str]) -> Path:
+def find_folder(
+    source: str | Path, files: list[str], revision: str | None = None, token: str | bool | None = None
+) -> Path:
     """The local folder of an adapter: `source` itself, or where `files` of that Hub repository were downloaded to.
 
     Raises:

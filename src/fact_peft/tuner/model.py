@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from peft import PeftConfig
@@ -15,10 +14,10 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..adapter.config import FacTConfig, fact_config
+from ..adapter.field_checks import check_scale
 from ..adapter.validation import FACTORS
 from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import stack_sizes
-from ..upstream import ModulesToSaveWrapper
 from .adapter_names import using_adapters
 from .combination import sum_of_model
 from .factors import FacTLayer, SharedFactors, ordinary_tensors
@@ -72,7 +71,9 @@ class FacTModel(BaseTuner):
                 vars(asked).update(vars(config))
                 config = asked
         except Exception:
-            self._set_config(adapter_name, previous)
+            del self.peft_config[adapter_name]
+            if previous is not None:  # the adapter that the model has under this name
+                self.peft_config[adapter_name] = previous
             raise
         self.peft_config[adapter_name] = config
         forget(self.model, adapter_name)
@@ -82,9 +83,9 @@ class FacTModel(BaseTuner):
             for stack in own_stacks(model):
                 stack.await_numbers(adapter_name)
         if adapter_name in self.active_adapters:
-            for wrapper in self._heads():  # PEFT activates a new head only where there was none
-                if adapter_name in wrapper.modules_to_save and not wrapper.active_adapters:
-                    wrapper.set_adapter(adapter_name, inference_mode=config.inference_mode)
+            for head in model.modules():  # PEFT activates a new head only where there was none
+                if isinstance(head, FacTHead) and adapter_name in head.modules_to_save and not head.active_adapters:
+                    head.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def _inject(self, model: nn.Module, name: str, config: FacTConfig, heads: set[nn.Module], *how: Any) -> None:
         """Create factors and wrap layers. `heads` are those wrapped before; the rest is as for `BaseTuner`."""
@@ -100,12 +101,6 @@ class FacTModel(BaseTuner):
         adopt_heads(model, getattr(model, FACTORS).configs, heads)
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
         getattr(model, FACTORS).keep_statistics(model)
-
-    def _set_config(self, adapter_name: str, config: FacTConfig | None) -> None:
-        """After a refusal: the config of the adapter that the model has under this name, or none."""
-        self.peft_config.pop(adapter_name, None)
-        if config is not None:
-            self.peft_config[adapter_name] = config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model, which is not given arguments that are None and that it does not have.
@@ -153,12 +148,6 @@ class FacTModel(BaseTuner):
         # PEFT also moves parameters over, of which FacT's layers have none, and fails on a head without a weight.
         setattr(parent, child_name, new_module)
 
-    def _linears(self) -> Iterator[FacTLinear]:
-        return (module for module in self.model.modules() if isinstance(module, FacTLinear))
-
-    def _heads(self) -> Iterator[Any]:
-        return (module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper))
-
     @ordinary_tensors()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT makes new parameters, which all require gradients; those of an adapter loaded for inference must not.
@@ -177,9 +166,7 @@ class FacTModel(BaseTuner):
             ValueError: If there is no such adapter, it is merged, or `scale` is no number, zero or not finite.
         """
         config = fact_config(self, adapter_name)
-        if scale is None:
-            raise ValueError("scale=None is not a number; pass a float, such as 1.0.")
-        replace(config, scale=scale)  # for its checks
+        check_scale(scale)
         if is_merged(self.model, adapter_name):
             raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is scaled.")
         config.scale = float(scale)
@@ -217,7 +204,7 @@ class FacTModel(BaseTuner):
             raise ValueError(f"Adapter {adapter_name} does not exist.")
         if is_merged(self.model, adapter_name):  # in PEFT's words
             raise ValueError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
         del self.peft_config[adapter_name]
         forget(self.model, adapter_name)
