@@ -119,7 +119,8 @@ LOADS = {
     "load_adapter": (get_peft_model, lambda model, folder: model.load_adapter(folder, "other")),
     "load_adapter over": (get_peft_model, lambda model, folder: model.load_adapter(folder, "default")),
     "hotswap": (get_peft_model, hotswap_adapter),
-    "transformers": (lambda model: model, lambda model, folder: model.load_adapter(str(folder))),
+    "attach": (lambda model: model, lambda model, folder: Adapter.read(folder).attach(model)),
+    "attach beside": (get_peft_model, lambda model, folder: Adapter.read(folder).attach(model, "other")),
 }
 
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.fuzzing.verbs import InjectedVerbs, PeftVerbs
+from tests.fuzzing.surfaces import InjectedSurfaces, PeftSurfaces
 
 
-@pytest.mark.parametrize("machine", [PeftVerbs, InjectedVerbs])
+@pytest.mark.parametrize("machine", [PeftSurfaces, InjectedSurfaces])
 def test_any_sequence_of_verbs_gives_what_plain_matrices_say(machine):
     run_state_machine_as_test(
         machine,

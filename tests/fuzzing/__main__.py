@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.fuzzing.verbs import COUNTS, InjectedVerbs, PeftVerbs, Verbs
+from tests.fuzzing.surfaces import InjectedSurfaces, PeftSurfaces
+from tests.fuzzing.verbs import COUNTS, Verbs
 
 AT_A_TIME = 100
 
@@ -54,7 +55,7 @@ def main() -> None:
     start = time.perf_counter()
     each = arguments.sequences // 2 // AT_A_TIME * AT_A_TIME
     last_seed = arguments.seed + each // AT_A_TIME - 1
-    for machine in (PeftVerbs, InjectedVerbs):
+    for machine in (PeftSurfaces, InjectedSurfaces):
         failed = run(machine, arguments.seed, each, arguments.steps)
         print(f"{machine.__name__}: seeds {arguments.seed} to {last_seed}, failed: {failed or 'none'}", flush=True)
     for name, count in sorted(COUNTS.items()):

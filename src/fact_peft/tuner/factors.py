@@ -106,7 +106,7 @@ class FacTStack(nn.Module, FacTLayer):
     """
 
     adapter_layer_names = ("fact_U", "fact_V", *(f"fact_{name}" for name in CORE_FACTORS))
-    other_param_names = ("configs",)
+    other_param_names = ("configs", "unloaded")
     fact_U: nn.ParameterDict
     fact_V: nn.ParameterDict
     # BaseTunerLayer looks these up in a base layer; a stack has none.
@@ -128,7 +128,7 @@ class FacTStack(nn.Module, FacTLayer):
         self.configs = configs
         self.copies: dict[str, dict[str, Tensor]] = {}
         self.num_merged: Counter[str] = Counter()
-        self.unloaded: set[str] = set()
+        self.unloaded: dict[str, list[nn.Parameter]] = {}
 
     def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:
         """Create and initialise the factors of an adapter with `num_slices` slices in this stack."""
@@ -186,9 +186,14 @@ class FacTStack(nn.Module, FacTLayer):
         decomposition, factors = self.decomposition(adapter_name), self.factors(adapter_name)
         return factors["U"], decomposition.all_cores(factors), factors["V"]
 
-    def await_numbers(self, adapter_name: str) -> None:
-        """Note that the factors of a saved adapter were created and are to be loaded."""
-        self.unloaded.add(adapter_name)
+    def await_numbers(self, adapter_name: str, trained: list[nn.Parameter]) -> None:
+        """Note that the factors of a saved adapter were created and are to be loaded.
+
+        Args:
+            adapter_name: The adapter.
+            trained: What was trained before it was added, for the case that its numbers are refused.
+        """
+        self.unloaded[adapter_name] = trained
 
     def check_loaded(self, adapter_name: str) -> None:
         """Refuse to compute with factors that transformers' own loader cannot have loaded.
@@ -212,7 +217,9 @@ class FacTStack(nn.Module, FacTLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.unloaded -= {name for name in self.unloaded if f"{prefix}fact_U.{name}" in state_dict}
+        loaded = [name for name in self.unloaded if f"{prefix}fact_U.{name}" in state_dict]
+        for name in loaded:
+            del self.unloaded[name]
 
     @torch.no_grad()
     def place(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -27,7 +27,7 @@ from .loading import checked_state_dict, stored_state_dict
 from .merging import check_mergeable, is_merged
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
-from .removal import activate, adapter_config, discard, forget, own_stacks, undone_on_failure
+from .removal import activate, adapter_config, forget, own_stacks, undo_awaiting, undone_on_failure
 
 
 class FacTModel(BaseTuner):
@@ -77,11 +77,13 @@ class FacTModel(BaseTuner):
             raise
         self.peft_config[adapter_name] = config
         forget(self.model, adapter_name)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with undone_on_failure(model, adapter_name, self.peft_config) as heads:
             self._inject(model, adapter_name, config, heads, autocast_adapter_dtype, low_cpu_mem_usage)
         if is_saved:
             for stack in own_stacks(model):
-                stack.await_numbers(adapter_name)
+                if adapter_name in stack.fact_U:
+                    stack.await_numbers(adapter_name, trained)
         if adapter_name in self.active_adapters:
             for head in model.modules():  # PEFT activates a new head only where there was none
                 if isinstance(head, FacTHead) and adapter_name in head.modules_to_save and not head.active_adapters:
@@ -291,8 +293,5 @@ class FacTModel(BaseTuner):
                 model, config, adapter_name, state_dict, biases, super()._remap_adapter_state_dict_for_load
             )
         except ValueError:
-            if any(adapter_name in stack.unloaded for stack in own_stacks(model)):
-                discard(model, adapter_name)
-                configs: Any = model.peft_config
-                configs.pop(adapter_name, None)
+            undo_awaiting(model, adapter_name)
             raise

@@ -86,6 +86,18 @@ def undone_on_failure(model: nn.Module, adapter_name: str, configs: dict[str, An
         raise
 
 
+def undo_awaiting(model: nn.Module, adapter_name: str) -> None:
+    """Undo the injection of a saved adapter whose numbers are refused; one that has its numbers stays."""
+    waiting = [stack for stack in own_stacks(model) if adapter_name in stack.unloaded]
+    if not waiting:
+        return
+    trained, configs = waiting[0].unloaded[adapter_name], getattr(model, "peft_config", {})
+    discard(model, adapter_name)
+    configs.pop(adapter_name, None)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
 def activate(model: nn.Module, adapter_names: list[str]) -> None:
     """Make these the active adapters of every layer and head."""
     for module in model.modules():
