@@ -27,7 +27,8 @@ def run_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
     def run(module: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, module, raising=False)  # else runpy warns
+        for name in (module, f"{module}.__main__"):  # else runpy warns
+            monkeypatch.delitem(sys.modules, name, raising=False)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return capsys.readouterr().out
 

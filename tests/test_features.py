@@ -15,6 +15,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -23,7 +24,15 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
 from upstream import VERBS, skip_where_lora_is_refused
 
-from fact_peft import FacTConfig, convert_to_lora, hotswap_adapter, save_as_lora
+from fact_peft import (
+    Adapter,
+    FacTConfig,
+    FacTLinear,
+    convert_to_lora,
+    hotswap_adapter,
+    save_as_lora,
+    weighted_sum,
+)
 from fact_peft.method.decomposition import DECOMPOSITIONS
 
 EVERYWHERE = [(decomposition, backbone) for decomposition in DECOMPOSITIONS for backbone in BACKBONES]
@@ -394,3 +403,34 @@ def test_no_memory_is_kept_after_unloading():
     gc.collect()
     assert len(factors) == 3 and all(factor() is None for factor in factors)
     assert isinstance(merged, nn.Module)
+
+
+def test_peft_can_switch_the_casting_of_inputs_off():
+    model = adapted().eval()
+    with torch.no_grad():
+        expected = logits(model, images())
+        with disable_input_dtype_casting(model):
+            assert torch.equal(logits(model, images()), expected)
+
+
+@pytest.mark.parametrize("clients", [2, 3])
+def test_federated_averaging_is_the_mean_of_the_increments(clients):
+    models = []
+    for seed in range(clients):
+        torch.manual_seed(seed)
+        models.append(get_peft_model(make_backbone("vit"), config(rank=2 + seed)))
+    mean = weighted_sum([Adapter.of(model) for model in models], [1 / clients] * clients)
+    together = make_backbone("vit")
+    mean.attach(together)
+    layers = [[m for m in model.modules() if isinstance(m, FacTLinear)] for model in [*models, together]]
+    for *ours, summed in zip(*layers, strict=True):
+        expected = torch.stack([layer.get_delta_weight("default") for layer in ours]).mean(0)
+        torch.testing.assert_close(summed.get_delta_weight("default"), expected, rtol=1e-4, atol=1e-6)
+    heads = torch.stack([Adapter.of(model).others["classifier.weight"] for model in models])
+    torch.testing.assert_close(mean.others["classifier.weight"], heads.mean(0))
+
+
+def test_a_sum_of_heads_without_the_base_needs_weights_that_add_up_to_one():
+    adapter = Adapter.of(adapted())
+    with pytest.raises(ValueError, match="add up to 2; pass the base model's own tensor"):
+        weighted_sum([adapter, adapter], [1.0, 1.0])

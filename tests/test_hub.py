@@ -133,6 +133,40 @@ def test_card_has_the_metadata_the_hub_reads(pushed: str, hub: Hub) -> None:
     assert "| accuracy | 0.875 |" in card.text
 
 
+def test_timm_classifier_comes_back_from_the_hub(hub: Hub, run: Run) -> None:
+    setup = """
+    import timm, torch
+    from peft import get_peft_model
+    import fact_peft
+    from timm.models import save_for_hf
+    from huggingface_hub import create_repo, upload_folder
+
+    @torch.no_grad()
+    def scores(model):
+        return model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    """
+    code = """
+    torch.manual_seed(0)
+    tiny = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=2)
+    save_for_hf(tiny, "base", safe_serialization=True)
+    create_repo("me/timm-base")
+    upload_folder(repo_id="me/timm-base", folder_path="base")
+    vit = timm.create_model("hf-hub:me/timm-base", pretrained=True, num_classes=3, global_pool="avg", fc_norm=False)
+    config = fact_peft.FacTConfig(rank=4, init_weights=False, labels=["cat", "dog", "owl"])
+    model = get_peft_model(vit, config).eval()
+    fact_peft.push_image_classifier(model, None, "me/timm-adapter", metrics={"accuracy": 0.875})
+    loaded, _ = fact_peft.load_image_classifier("me/timm-adapter")
+    assert torch.equal(scores(loaded), scores(model))
+    print(scores(model).tolist())
+    """
+    pushed = re.search(r"^\[\[.*\]\]$", run(code, setup), re.MULTILINE).group()
+    card = hub.files("me/timm-adapter")["README.md"].decode()
+    classify, plain = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    assert run(classify, "").split()[-1] in ("cat", "dog", "owl")
+    run(f"{plain}\nassert scores(model.eval()).tolist() == {pushed}", setup)
+    assert "base_model:adapter:me/timm-base" in card
+
+
 def test_second_push_updates_files_and_keeps_what_a_user_wrote(pushed: str, hub: Hub, run: Run) -> None:
     files = hub.files("me/pushed")
     card = files["README.md"].decode().replace("tags:", "license: mit\ntags:")

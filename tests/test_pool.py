@@ -9,6 +9,7 @@ import pytest
 import torch
 from backbones import images, logits, make_backbone
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -255,6 +256,21 @@ def test_an_adapter_that_was_used_stays(tmp_path):
     pool(images(), ["a"] * 3)
     pool.load("c", tmp_path)
     assert [name for name in pool.names() if pool._versions[name] in pool._cache._on_device] == ["a", "c"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_the_pool_goes_on(tmp_path, monkeypatch):
+    make_adapter(tmp_path / "a")
+    pool = AdapterPool(make_backbone("vit"), device_capacity=1, host_capacity=0, spill_folder=tmp_path / "spill")
+    pool.load("a", tmp_path / "a")
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("fact_peft.serving.adapter_cache.save_file", full)
+    with pytest.raises(ValueError, match=r"spill_folder=.* cannot be written"):
+        pool.load("b", tmp_path / "a")
+    assert pool.names() == ["a"]
+    pool(images(), ["a"] * 3)
 
 
 def test_a_lost_file_is_reported_and_the_others_go_on(tmp_path):

@@ -238,6 +238,17 @@ def test_the_mean_of_packed_files_is_refused(bits):
         unpack(mean)
 
 
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize("storage", PACKED)
+def test_the_basis_of_the_factors_is_that_of_the_model(storage, decomposition, tmp_path):
+    """So that unpacked factors of several clients can be averaged, and moments of an optimizer go on to fit."""
+    model = adapted(decomposition, storage=storage)
+    model.save_pretrained(tmp_path)
+    exact, saved = Adapter.of(model).factors["32x32"], Adapter.read(tmp_path).factors["32x32"]
+    for letter, factor in exact.items():
+        assert torch.equal(saved[letter], rounded(factor, bits_of(storage)))
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_the_largest_float_stays_finite(bits):
     assert unpack(pack(torch.full((3,), torch.finfo(torch.float32).max), bits)).isfinite().all()

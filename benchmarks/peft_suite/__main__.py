@@ -58,7 +58,8 @@ PAIRS = """
         {"rank": 2, "scale": 1.0, "target_modules": ["lin1"], "init_weights": False},
     ),
 """
-FACT, LORA = re.compile("FacT"), re.compile(r"LoRA-MLP|\[LoraConfig\]")
+SELECTED = "FacT or LoRA-MLP or [LoraConfig] or -LoraConfig]"
+FACT, LORA = re.compile("FacT"), re.compile(r"LoRA-MLP|[-[]LoraConfig\]")
 
 
 def with_rows(text: str) -> str:
@@ -84,7 +85,7 @@ def run(checkout: Path, jobs: int) -> dict[str, str]:
             str(file),
             "-q",
             "-k",
-            "FacT or LoRA-MLP or [LoraConfig]",
+            SELECTED,
             "-n",
             str(jobs),
         ]

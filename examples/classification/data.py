@@ -15,6 +15,8 @@ from torchvision.transforms import v2
 from transformers import AutoImageProcessor, BaseImageProcessor, TrainingArguments
 from transformers.utils import logging
 
+MAX_CLASSES = 100_000
+
 
 @dataclass
 class Task:
@@ -86,7 +88,13 @@ def class_names(train: Dataset, column: str) -> list[str]:
     values = {value for row in train[column] for value in as_list(row)}
     if all(isinstance(value, str) for value in values):
         return sorted(values)
-    return [str(label) for label in range(max(value for value in values if value is not None) + 1)]
+    largest = max(value for value in values if value is not None)
+    if largest >= MAX_CLASSES:
+        raise ValueError(
+            f"The largest label in column {column!r} is {largest:,}, so the head would have more than {MAX_CLASSES:,} "
+            "classes; number the classes from 0 without gaps, or use strings."
+        )
+    return [str(label) for label in range(largest + 1)]
 
 
 def as_list(labels: Any) -> list[Any]:

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=convert)
 
-    command = commands.add_parser("merge", help="save base model and adapter as one plain transformers model")
+    command = commands.add_parser("merge", help="save base model and adapter as one model of transformers or timm")
     command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
     command.add_argument("out", type=Path, help="folder of the model to write")
     command.add_argument("--base-model", help="name or folder of the base model, if not the one the adapter names")
@@ -76,8 +76,16 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def merge(arguments: argparse.Namespace) -> None:
     model, image_processor = load_image_classifier(arguments.adapter, base_model=arguments.base_model)
-    model.merge_and_unload(safe_merge=True).save_pretrained(arguments.out)
-    image_processor.save_pretrained(arguments.out)
+    labels = model.active_peft_config.labels
+    merged = model.merge_and_unload(safe_merge=True)
+    if hasattr(merged, "save_pretrained"):
+        merged.save_pretrained(arguments.out)
+        image_processor.save_pretrained(arguments.out)
+    else:
+        from timm.models import save_for_hf  # not every user of the package has timm
+
+        named, data_config = {"label_names": labels}, getattr(image_processor, "data_config", None)
+        save_for_hf(merged, arguments.out, model_config=named, data_config=data_config, safe_serialization=True)
     print(f"merged model  {arguments.out}")
 
 

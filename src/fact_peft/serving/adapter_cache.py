@@ -109,12 +109,18 @@ class AdapterCache:
             del self._on_host[adapter]
 
     def _write(self, adapter: PooledAdapter, vector: Tensor) -> None:
-        """PooledAdapters do not change, so that each is written once."""
+        """Pooled adapters do not change, so each is written once."""
         if adapter not in self._files:
             assert self._folder is not None
             self._num_files += 1
             file = self._folder / f"{self._num_files}.safetensors"
-            save_file({"numbers": vector}, file)
+            try:
+                save_file({"numbers": vector}, file)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"spill_folder={str(self._folder.parent)!r} cannot be written ({error}); free space there, or pass "
+                    "another folder or a larger host_capacity."
+                ) from error
             self._files[adapter] = file
 
     def _read(self, adapter: PooledAdapter) -> Tensor:

@@ -12,7 +12,7 @@ from ..adapter.config import FacTConfig
 from ..adapter.names import as_code, for_markdown, for_python, is_hub_id
 from ..method.decomposition import DECOMPOSITIONS
 from ..operations.inspection import storage_in_words, task_bytes
-from .base_model import base_class
+from .base_model import base_class, is_timm, timm_arguments
 
 BEGIN = "<!-- begin: written by fact_peft when the adapter is saved; what stands outside is kept -->"
 END = "<!-- end: written by fact_peft -->"
@@ -83,7 +83,8 @@ def update_metadata(data: ModelCardData, config: FacTConfig) -> None:
     """Set what follows from the adapter; keep the rest, such as the license."""
     data.library_name = "peft"
     data.pipeline_tag = data.pipeline_tag or "image-classification"
-    tags = {tag for tag in data.tags or [] if not tag.startswith("base_model:")} | {"fact", "transformers"}
+    kept = {tag for tag in data.tags or [] if not tag.startswith("base_model:")}
+    tags = kept | {"fact", "timm" if is_timm(config) else "transformers"}
     if is_hub_id(config.base_model_name_or_path):
         data.base_model = config.base_model_name_or_path
         tags.add(f"base_model:adapter:{data.base_model}")
@@ -127,30 +128,49 @@ def card_text(adapter: Adapter, folder: Path, name: str, metrics: dict[str, floa
     if metrics:
         rows = [f"| {for_markdown(metric)} | {float(value):.6g} |" for metric, value in metrics.items()]
         lines += ["## Results", "", "| metric | value |", "|---|---|", *rows, ""]
-    return "\n".join([*lines, *usage(config, name, has_base)])
+    return "\n".join([*lines, *usage(config, folder, name, has_base)])
 
 
-def usage(config: FacTConfig, name: str, has_base: bool) -> list[str]:
+def usage(config: FacTConfig, folder: Path, name: str, has_base: bool) -> list[str]:
     """The code that loads the adapter, as Markdown."""
-    architecture = base_class(config).__name__
     base = str(config.base_model_name_or_path) if has_base else "name or folder of the base model"
-    arguments = f", num_labels={len(config.labels)}, ignore_mismatched_sizes=True" if config.labels else ""
-    if has_base and config.revision:
-        arguments += f", revision={for_python(config.revision)}"
+    revision = config.revision if has_base else None
+    arguments = for_python(name) + ("" if has_base else f", base_model={for_python(base)}")
+    load = f"model, image_processor = load_image_classifier({arguments})"
+    if is_timm(config):
+        at = f"@{revision}" if revision else ""
+        base = f"hf-hub:{base}{at}" if has_base else "local-dir:folder of the base model"
+        arguments = "".join(f", {key}={value!r}" for key, value in timm_arguments(config, folder).items())
+        library, base = "import timm", f"timm.create_model({for_python(base)}, pretrained=True{arguments})"
+        classify = [
+            "from fact_peft import load_image_classifier",
+            "from PIL import Image",
+            "",
+            load,
+            'logits = model(image_processor(Image.open("image.png"))["pixel_values"])',
+            f"print({'model.active_peft_config.labels[logits.argmax()]' if config.labels else 'logits.argmax()'})",
+        ]
+    else:
+        arguments = f", num_labels={len(config.labels)}, ignore_mismatched_sizes=True" if config.labels else ""
+        arguments += f", revision={for_python(revision)}" if revision else ""
+        architecture = base_class(config).__name__
+        library = f"from transformers import {architecture}"
+        base = f"{architecture}.from_pretrained({for_python(base)}{arguments})"
+        classify = [
+            "from fact_peft import load_image_classifier",
+            "from transformers import pipeline",
+            "",
+            load,
+            'classify = pipeline("image-classification", model=model, image_processor=image_processor)',
+            'print(classify("image.png"))',
+        ]
     return [
         "## Use",
         "",
         "Ready to classify, with labels and preprocessing:",
         "",
         "```python",
-        "from fact_peft import load_image_classifier",
-        "from transformers import pipeline",
-        "",
-        f"model, image_processor = load_image_classifier({for_python(name)}"
-        + ("" if has_base else f", base_model={for_python(base)}")
-        + ")",
-        'classify = pipeline("image-classification", model=model, image_processor=image_processor)',
-        'print(classify("image.png"))',
+        *classify,
         "```",
         "",
         "With PEFT alone, say to train on or to merge:",
@@ -158,9 +178,9 @@ def usage(config: FacTConfig, name: str, has_base: bool) -> list[str]:
         "```python",
         "import fact_peft  # makes the method known to PEFT",
         "from peft import PeftModel",
-        f"from transformers import {architecture}",
+        library,
         "",
-        f"base = {architecture}.from_pretrained({for_python(base)}{arguments})",
+        f"base = {base}",
         f"model = PeftModel.from_pretrained(base, {for_python(name)})",
         "```",
     ]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, create_repo, hf_hub_download, upload_folder
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..adapter.adapter import Adapter
@@ -20,15 +22,16 @@ from ..adapter.files import find_folder, replacing_files
 from ..adapter.names import is_hub_id
 from ..architecture.heads import label_settings
 from ..upstream import accept_in_pipeline
-from .base_model import load_base
+from .base_model import load_base, name_of_timm_model
 from .card import check_metrics, copy_model_card, write_model_card
+from .image_processor import find_image_processor, load_image_processor, save_image_processor
 
 FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, IMAGE_PROCESSOR_NAME]
 
 
 def save_image_classifier(
     model: PeftModel,
-    image_processor: BaseImageProcessor,
+    image_processor: BaseImageProcessor | dict[str, Any] | None,
     folder: str | Path,
     metrics: dict[str, float] | None = None,
     base_model: str | None = None,
@@ -41,8 +44,9 @@ def save_image_classifier(
     none (see `Adapter.write`). Under torch.distributed every process may call this; rank 0 writes.
 
     Args:
-        model: A transformers image classifier with a FacT adapter.
-        image_processor: What prepares its images.
+        model: An image classifier of transformers or timm with a FacT adapter.
+        image_processor: What prepares its images. For a timm model: its data config, or None for the one that
+            timm resolves from the model.
         folder: Where to save. What a user wrote into a model card that lies there is kept.
         metrics: Results to list in the model card, such as ``{"accuracy": 0.93}``.
         base_model: Hub id of the base model, if it was not loaded by that.
@@ -56,12 +60,13 @@ def save_image_classifier(
     """
     folder = Path(folder)
     check_metrics(metrics)
-    check_image_processor(image_processor)
     adapter = active_adapter(model, base_model, storage, head_storage)
+    base = model.get_base_model()
+    image_processor = find_image_processor(image_processor, base)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
     with replacing_files(folder) as staging:
-        image_processor.save_pretrained(staging)
+        save_image_processor(image_processor, base, staging)
         adapter.write_files(staging)
         copy_model_card(folder, staging)
         write_model_card(adapter, staging, folder.resolve().name, metrics)
@@ -70,14 +75,17 @@ def save_image_classifier(
 def load_image_classifier(
     folder_or_hub_id: str | Path,
     *,
-    base_model: str | Path | PreTrainedModel | None = None,
+    base_model: str | Path | nn.Module | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> tuple[PeftModel, BaseImageProcessor]:
-    """Load a classifier that is ready for ``pipeline("image-classification", model=..., image_processor=...)``.
+    """Load a classifier with its labels and preprocessing.
+
+    One of transformers is ready for ``pipeline("image-classification", model=..., image_processor=...)``. One of timm
+    takes what its image processor makes: ``model(image_processor(images)["pixel_values"])``.
 
     Args:
-        folder_or_hub_id: Where the adapter of a transformers model lies; it may have been saved by PEFT alone.
+        folder_or_hub_id: Where the adapter of a transformers or timm model lies; it may have been saved by PEFT alone.
         base_model: Name, folder, or the loaded model, in place of the base model that the adapter names.
         revision: Branch, tag or commit of the adapter's repository.
         token: Hub token.
@@ -90,20 +98,20 @@ def load_image_classifier(
     """
     folder = find_folder(Path(folder_or_hub_id), FILES, revision, token)
     adapter = Adapter.read(folder)
-    base = base_model if isinstance(base_model, PreTrainedModel) else load_base(adapter.config, base_model, token)
+    base: Any = base_model
+    if not isinstance(base_model, nn.Module):
+        base = load_base(adapter.config, folder, base_model, token)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
-    if adapter.config.labels:
+    if adapter.config.labels and isinstance(base, PreTrainedModel):
         base.config.update(label_settings(adapter.config.labels))
     accept_in_pipeline()
-    if (folder / IMAGE_PROCESSOR_NAME).exists():
-        return model, AutoImageProcessor.from_pretrained(str(folder))
     revision = None if base_model else adapter.config.revision  # of the base model
-    return model, AutoImageProcessor.from_pretrained(base.name_or_path, token=token, revision=revision)
+    return model, load_image_processor(folder, base, revision=revision, token=token)
 
 
 def push_image_classifier(
     model: PeftModel,
-    image_processor: BaseImageProcessor,
+    image_processor: BaseImageProcessor | dict[str, Any] | None,
     repo_id: str,
     *,
     metrics: dict[str, float] | None = None,
@@ -117,8 +125,8 @@ def push_image_classifier(
     """Upload what `save_image_classifier` saves, in one commit; the repository is created if it is missing.
 
     Args:
-        model: A transformers image classifier with a FacT adapter.
-        image_processor: What prepares its images.
+        model: As for `save_image_classifier`.
+        image_processor: Likewise.
         repo_id: Repository to upload to. Of a model card that is there, what a user wrote is kept.
         metrics: Results to list in the model card, such as ``{"accuracy": 0.93}``.
         base_model: Hub id of the base model, if it was not loaded by that.
@@ -133,18 +141,19 @@ def push_image_classifier(
             model is not known by a Hub id. Nothing has been sent then.
     """
     check_metrics(metrics)
-    check_image_processor(image_processor)
     adapter = active_adapter(model, base_model, storage, head_storage)
-    base = adapter.config.base_model_name_or_path
-    if not is_hub_id(base):
+    base = model.get_base_model()
+    image_processor = find_image_processor(image_processor, base)
+    name = adapter.config.base_model_name_or_path
+    if not is_hub_id(name):
         raise ValueError(
-            f"The base model {base!r} is not on the Hub, so nobody else could load this adapter; pass base_model=, the "
+            f"The base model {name!r} is not on the Hub, so nobody else could load this adapter; pass base_model=, the "
             "Hub id of the base model (push it first if it is your own)."
         )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         adapter.write_files(folder)
-        image_processor.save_pretrained(folder)
+        save_image_processor(image_processor, base, folder)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         try:
             shutil.copyfile(hf_hub_download(repo_id, "README.md", token=token), folder / "README.md")
@@ -159,22 +168,12 @@ def active_adapter(model: PeftModel, base_model: str | None, storage: str | None
     config = active_config(model)
     adapter = Adapter.of(model, model.active_adapter)
     changes = {"storage": storage or config.storage, "head_storage": head_storage or config.head_storage}
-    if base_model and base_model != adapter.config.base_model_name_or_path:
-        changes |= {"base_model_name_or_path": base_model, "revision": None}
+    recorded, revision = adapter.config.base_model_name_or_path, None
+    if base_model is None and recorded is None:
+        base_model, revision = name_of_timm_model(model.get_base_model())
+    if base_model and base_model != recorded:
+        changes |= {"base_model_name_or_path": base_model, "revision": revision}
     return adapter.replace(**changes)
-
-
-def check_image_processor(image_processor: BaseImageProcessor) -> None:
-    """Refuse what cannot be saved, before anything is written.
-
-    Raises:
-        ValueError: If it has no ``save_pretrained``.
-    """
-    if not callable(getattr(image_processor, "save_pretrained", None)):
-        raise ValueError(
-            f"image_processor={image_processor!r} cannot be saved; pass the one that prepares the images of the model, "
-            "such as AutoImageProcessor.from_pretrained(base_model)."
-        )
 
 
 def active_config(model: PeftModel) -> FacTConfig:

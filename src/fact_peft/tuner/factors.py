@@ -38,6 +38,8 @@ def ordinary_tensors() -> Iterator[None]:
 class FacTLayer(BaseTunerLayer):
     """Whatever of an adapted model belongs to FacT: what PEFT visits to switch, freeze or delete adapters."""
 
+    cast_input_dtype_enabled = True  # for PEFT's `disable_input_dtype_casting`; inputs are not cast here
+
     def forget(self, adapter_name: str) -> None:
         """Drop what belongs to an adapter, for another of the same name; which ones are active does not change."""
         for attribute in self.adapter_layer_names + self.other_param_names:
