@@ -33,3 +33,13 @@ def run_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def accelerate_starts_anew():
+    """Accelerate keeps the mixed precision of a process for ever; the next file of tests may want another."""
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

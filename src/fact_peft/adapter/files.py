@@ -7,7 +7,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -122,8 +122,9 @@ def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for abandoned in Path(folder).glob(f"{STAGING}*"):
-        if time.time() - abandoned.stat().st_mtime > ABANDONED_AFTER:
-            shutil.rmtree(abandoned, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has finished
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_AFTER:
+                shutil.rmtree(abandoned, ignore_errors=True)
     staging = Path(mkdtemp(prefix=STAGING, dir=folder))
     try:
         yield staging
