@@ -40,8 +40,8 @@ from tests.fuzzing.verbs import (
 
 decays = st.sampled_from([0.0, 0.5, 0.9])
 shares = st.sampled_from([(0.5, 0.5), (0.25, 0.75)])
-# Slow ones run once in so many draws.
-rarely = st.integers(0, 11).map(lambda number: number == 0)
+# For what is slow. The number lies inside, since hypothesis draws the ends more often.
+rarely = st.integers(0, 99).map(lambda number: number == 37)
 
 
 class Surfaces(Verbs):
