@@ -12,7 +12,7 @@ def test_any_sequence_of_verbs_gives_what_plain_matrices_say(machine):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25,
+            max_examples=40,
             stateful_step_count=12,
             derandomize=True,
             deadline=None,

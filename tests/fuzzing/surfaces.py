@@ -236,14 +236,14 @@ class Surfaces(Verbs):
         if self.backbone == "timm":
             network.set_grad_checkpointing(True)
         else:
-            network.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            network.activation_checkpointing_enable({"use_reentrant": reentrant})
         hook = network.get_submodule(EMBEDDINGS[self.backbone]).register_forward_hook(require_gradient)
         self.train_step()
         hook.remove()
         if self.backbone == "timm":
             network.set_grad_checkpointing(False)
         else:
-            network.gradient_checkpointing_disable()
+            network.activation_checkpointing_disable()
 
     @precondition(lambda self: self.backbone != "swin")
     @rule(now=rarely)
