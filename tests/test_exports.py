@@ -1,6 +1,6 @@
 """An export is the adapted model: torch.export, ONNX and torch.jit.trace, with the adapter active and merged.
 
-pytest tests/test_exports.py -m slow -k "DINOv3"    # every architecture takes about half an hour
+`python -m benchmarks.coverage.exports` exports every architecture, which takes an hour on one core.
 """
 
 import pytest
@@ -17,14 +17,6 @@ from fact_peft import FacTConfig, FacTLinear
 
 # In float32, of the adapter's effect. An export that has lost an adapter differs by 0.3 to 1.
 TOLERANCE = 1e-4
-# Their depth is far larger than what the adapter changes in it, so that float32 rounds more of that.
-LARGE_OUTPUTS = {"DPT": 1e-2, "Depth Anything": 1e-2}
-
-# What cannot be exported without an adapter either, in torch 2.14 and transformers 5.23: the flow depends on numbers.
-BY_NUMBERS = {"VideoMAE, pre-training", "EoMT"}
-NOT_EXPORTED = {way: BY_NUMBERS for way in ("export", "strict export", "ONNX")} | {"trace": set()}
-# What is exported for one number of images.
-ONE_SIZE = {"SigLIP 2 vision"}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning"),  # deprecated, and still in use
@@ -36,10 +28,7 @@ def check(name, way, merged):
     if way == "ONNX":
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
-    if name in NOT_EXPORTED[way]:
-        pytest.skip(f"{name} cannot be exported without an adapter either")
-    found = difference(ARCHITECTURES[name], way, merged, any_size=name not in ONE_SIZE)
-    assert found < LARGE_OUTPUTS.get(name, TOLERANCE)
+    assert difference(ARCHITECTURES[name], way, merged, any_size=True) < TOLERANCE
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -55,8 +44,8 @@ def test_others_are_exported(name, merged):
 @pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True], ids=["active", "merged"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_is_exported(name, way, merged):
+@pytest.mark.parametrize("name", ["DINOv3", "Swin v2", "SigLIP pooled"])
+def test_more_architectures_are_exported(name, way, merged):
     check(name, way, merged)
 
 
