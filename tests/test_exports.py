@@ -21,9 +21,7 @@ TOLERANCE = 1e-4
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning"),  # deprecated, and still in use
     pytest.mark.filterwarnings("ignore:Converting a tensor to a Python"),  # comparisons of shapes
-    pytest.mark.filterwarnings(
-        "ignore:While compiling, we found certain side effects"
-    ),  # in transformers
+    pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects"),  # in transformers
 ]
 
 
