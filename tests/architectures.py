@@ -143,6 +143,15 @@ SAM_HEAD = {
     },
 }
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+DETR_LAYERS = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 4,
+}
 
 CLASSIFIER = ("classifier",)
 
@@ -512,14 +521,8 @@ VISION = {
         "DetrForObjectDetection",
         {
             "d_model": 32,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_ffn_dim": 64,
-            "decoder_ffn_dim": 64,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2,
-            "num_queries": 4,
             "backbone_config": RESNET,
+            **DETR_LAYERS,
         },
         image(),
         r"model\.(en|de)coder\.layers\.\d+\.((self|encoder)_attn\.[qkvo]_proj|mlp\.fc[12])",

@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 import transformers
+from architectures import DETR_LAYERS
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -69,21 +70,12 @@ REPVIT = {
         "depth": (1, 1, 1, 1),
     },
 }
-LAYERS = {
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "num_queries": 4,
-}
 RT_DETR = {
     "encoder_hidden_dim": 32,
     "encoder_in_channels": [8, 16, 16],
     "decoder_in_channels": [32, 32, 32],
     "num_denoising": 0,
-    **LAYERS,
+    **DETR_LAYERS,
     "encoder_layers": 1,
 }
 GROUNDING = {
@@ -93,7 +85,7 @@ GROUNDING = {
     "encoder_n_points": 2,
     "decoder_n_points": 2,
     "max_text_len": 8,
-    **LAYERS,
+    **DETR_LAYERS,
 }
 EDGE_TAM = {
     "vision_config": {
@@ -137,7 +129,7 @@ DETECTORS = {
     "Deformable DETR": (
         "DeformableDetrForObjectDetection",
         {
-            **LAYERS,
+            **DETR_LAYERS,
             "d_model": 32,
             "backbone_config": RESNET,
             "encoder_n_points": 2,
@@ -150,7 +142,7 @@ DETECTORS = {
     # The second layer of its decoder has no projection of the query positions.
     "DAB-DETR": (
         "DabDetrForObjectDetection",
-        {**LAYERS, "hidden_size": 32, "backbone_config": {**RESNET, "out_features": ["stage4"]}},
+        {**DETR_LAYERS, "hidden_size": 32, "backbone_config": {**RESNET, "out_features": ["stage4"]}},
         image,
         2 * 6 + 15 + 14,
     ),

@@ -45,10 +45,10 @@ def equal_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def distance(decomposition: Decomposition, factors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
     """Frobenius norm of U Sigma_k V^T - U' Sigma'_k V'^T over all slices k of a stack: of increments of scale 1."""
-    U, V = (torch.cat([factors[letter], others[letter]], dim=1) for letter in ("U", "V"))
-    ours, theirs = decomposition.all_cores(factors), -decomposition.all_cores(others)
+    (U, ours, V), (their_U, theirs, their_V) = decomposition.terms(factors), decomposition.terms(others)
+    U, V = torch.cat([U, their_U], dim=1), torch.cat([V, their_V], dim=1)
     cores = torch.cat(
-        [nn.functional.pad(ours, (0, len(theirs[0]), 0, 0)), nn.functional.pad(theirs, (len(ours[0]), 0, 0, 0))],
+        [nn.functional.pad(ours, (0, len(theirs[0]), 0, 0)), nn.functional.pad(-theirs, (len(ours[0]), 0, 0, 0))],
         dim=1,
     )
     return increment_norm(U, core_matrix(cores[None]), V, scale=1.0)

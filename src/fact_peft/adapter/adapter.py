@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.heads import current_labels
-from ..method.decomposition import DECOMPOSITIONS, core_grid, core_matrix, increment_norm
+from ..method.decomposition import DECOMPOSITIONS, increment_norms
 from ..method.tensorization import Slices
 from .config import FacTConfig, fact_config
 from .files import find_folder, read_tensors, replacing_files, write_files
@@ -229,16 +229,11 @@ class Adapter:
     def increment_norms(self) -> dict[str, float]:
         """Frobenius norm of dW, scale included, by layer name. Only products of size r are computed."""
         decomposition = DECOMPOSITIONS[self.config.decomposition]
-        exact = {
-            stack: {letter: factor.to("cpu", torch.float64) for letter, factor in group.items()}
+        terms = {
+            stack: decomposition.terms({letter: factor.to("cpu", torch.float64) for letter, factor in group.items()})
             for stack, group in self.factors.items()
         }
-        norms = {}
-        for name, slices in self.slices.items():
-            factors = exact[slices.stack]
-            core = core_matrix(core_grid(decomposition.cores(factors, slices.first, slices.count), slices))
-            norms[name] = increment_norm(factors["U"], core, factors["V"], self.config.scaling)
-        return norms
+        return increment_norms(terms, self.slices, self.config.scaling)
 
 
 def is_copied_bias(name: str) -> bool:

@@ -90,6 +90,18 @@ def increment_norm(U: Tensor, core: Tensor, V: Tensor, scale: float) -> float:
     return increment(R_U, core, R_V, scale).norm().item()
 
 
+def increment_norms(
+    terms: Mapping[str, tuple[Tensor, Tensor, Tensor]], slices: Mapping[str, Slices], scale: float
+) -> dict[str, float]:
+    """Frobenius norm of dW by layer, of `terms` by stack as `Decomposition.terms` gives them and `slices` by layer."""
+    norms = {}
+    for layer, owned in slices.items():
+        U, cores, V = terms[owned.stack]
+        core = core_matrix(core_grid(cores.narrow(0, owned.first, owned.count), owned))
+        norms[layer] = increment_norm(U, core, V, scale)
+    return norms
+
+
 def low_rank_pair(U: Tensor, core: Tensor, V: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Matrices A (q, a d) and B (b e, q) with dW^T = B A exactly and q = min(a, b) r: the increment as a LoRA pair."""
     num_in_blocks, num_out_blocks = core.shape[0] // U.shape[1], core.shape[1] // V.shape[1]
@@ -130,9 +142,9 @@ class Decomposition(ABC):
     def num_slices(self, factors: Mapping[str, Tensor]) -> int:
         """N, the number of slices of the stack that the factors are of."""
 
-    def all_cores(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """Sigma_k of all slices: (N, r, r)."""
-        return self.cores(factors, 0, self.num_slices(factors))
+    def terms(self, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """U (..., d, r), the cores Sigma_k of all slices (..., N, r, r) and V (..., e, r) of a stack's factors."""
+        return factors["U"], self.cores(factors, 0, self.num_slices(factors)), factors["V"]
 
     def shapes(self, in_width: int, out_width: int, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all factors of a stack of `num_slices` slices of `in_width` x `out_width`."""
@@ -219,10 +231,10 @@ class CanonicalPolyadic(Decomposition):
         init_as_linear(factors["W"], fan_in=factors["W"].shape[-1])
 
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
-        return torch.diag_embed(factors["W"].narrow(0, first, count))
+        return torch.diag_embed(factors["W"].narrow(-2, first, count))
 
     def num_slices(self, factors: Mapping[str, Tensor]) -> int:
-        return factors["W"].shape[0]
+        return factors["W"].shape[-2]
 
 
 DECOMPOSITIONS: dict[str, Decomposition] = {"tt": TensorTrain(), "tk": Tucker(), "cp": CanonicalPolyadic()}

@@ -67,8 +67,7 @@ class AdapterSpec:
 
     def terms(self, tensors: Mapping[tuple[str, str], Tensor], stack: str) -> tuple[Tensor, Tensor, Tensor]:
         """U (n, d, r), all cores Sigma_k (n, N, r, r) and V (n, e, r) in one stack, of what `split` gives."""
-        factors = {letter: tensors[stack, letter] for letter in self.factors[stack]}
-        return factors["U"], self.decomposition.all_cores(factors), factors["V"]
+        return self.decomposition.terms({letter: tensors[stack, letter] for letter in self.factors[stack]})
 
 
 spec_of = lru_cache(maxsize=None)(AdapterSpec)

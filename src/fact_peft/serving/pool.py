@@ -18,7 +18,7 @@ from ..tuner.batch_axis import check_batch_axis
 from ..tuner.mixed_batch import BASE, calling_with
 from .adapter_cache import AdapterCache
 from .gathering import gather
-from .pooled_adapter import PooledAdapter, increment_norms, pooled, read
+from .pooled_adapter import PooledAdapter, norms_of, pooled, read
 from .pooled_model import PooledModel
 
 Source = str | Path | Adapter | tuple[FacTConfig, dict[str, Tensor]]
@@ -153,7 +153,7 @@ class AdapterPool:
         with self._lock:
             version = self._version(name)
             vector = self._cache.take(version)
-        return increment_norms(version, vector)
+        return norms_of(version, vector)
 
     def compile(self, **options: Any) -> None:
         """Compile the model with ``torch.compile``. Other adapters do not compile it again; a rank or a number of

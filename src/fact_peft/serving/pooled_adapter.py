@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
-from ..method.decomposition import core_grid, core_matrix, increment_norm
+from ..method.decomposition import increment_norms
 from .adapter_spec import AdapterSpec, spec_of
 from .pooled_model import PooledModel
 
@@ -112,14 +112,8 @@ def objections(adapter: Adapter, model: PooledModel) -> list[str]:
     return reasons
 
 
-def increment_norms(adapter: PooledAdapter, vector: Tensor) -> dict[str, float]:
+def norms_of(adapter: PooledAdapter, vector: Tensor) -> dict[str, float]:
     """Frobenius norm of dW, scale included, by layer name."""
     spec = adapter.spec
-    tensors = spec.split(vector.cpu().double()[None])
-    terms = {stack: [term[0] for term in spec.terms(tensors, stack)] for stack in spec.factors}
-    norms = {}
-    for layer, owned in spec.slices.items():
-        U, cores, V = terms[owned.stack]
-        core = core_matrix(core_grid(cores.narrow(0, owned.first, owned.count), owned))
-        norms[layer] = increment_norm(U, core, V, adapter.scale)
-    return norms
+    tensors = {key: tensor[0] for key, tensor in spec.split(vector.cpu().double()[None]).items()}
+    return increment_norms({stack: spec.terms(tensors, stack) for stack in spec.factors}, spec.slices, adapter.scale)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
-from ..adapter.validation import factor_shapes
+from ..adapter.validation import factor_key, factor_shapes
 from ..architecture.linears import part_names
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import PARTS, describe_layout
@@ -71,7 +71,7 @@ def weighted_sum(
             cores = decomposition.cores(summand, theirs.first, theirs.count)
             places = [ours for other, ours in zip(theirs.places, owned.places, strict=True) if other is not None]
             total["Sigma"][places, columns, columns] = weight * adapter.config.scaling * cores.to(total["Sigma"])
-    state = {f"factors.{stack}.fact_{letter}": t for stack, group in factors.items() for letter, t in group.items()}
+    state = {factor_key(stack, letter): t for stack, group in factors.items() for letter, t in group.items()}
     return Adapter.from_state_dict(config, {**state, **summed_heads(adapters, weights, heads)}, "The sum")
 
 

@@ -184,14 +184,9 @@ class FacTStack(nn.Module, FacTLayer):
         offloaded: Tensor = hook.weights_map[adapter_name]
         return offloaded
 
-    def cores(self, adapter_name: str, slices: Slices) -> Tensor:
-        """Sigma_k (count, r, r) of a layer's slices."""
-        return self.decomposition(adapter_name).cores(self.factors(adapter_name), slices.first, slices.count)
-
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """U (d, r), all cores Sigma_k (N, r, r) and V (e, r) of an adapter."""
-        decomposition, factors = self.decomposition(adapter_name), self.factors(adapter_name)
-        return factors["U"], decomposition.all_cores(factors), factors["V"]
+        return self.decomposition(adapter_name).terms(self.factors(adapter_name))
 
     def await_numbers(self, adapter_name: str, trained: list[nn.Parameter]) -> None:
         """Note that the factors of a saved adapter were created and are to be loaded.

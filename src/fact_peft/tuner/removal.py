@@ -19,18 +19,26 @@ from .head import FacTHead
 from .layer import FacTLinear
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that adapters are injected into."""
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def own_factors(model: nn.Module) -> SharedFactors:
+    """The factors registered on `model` itself, not those of adapted models inside it; empty if there are none."""
+    factors = getattr(base_of(model), FACTORS, None)  # perhaps the model's own
+    return factors if isinstance(factors, SharedFactors) else SharedFactors()
+
+
 def own_stacks(model: nn.Module) -> list[FacTStack]:
-    """The stacks registered on `model` itself, not those of adapted models inside it."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    factors = getattr(base, FACTORS, None)  # perhaps the model's own
-    return list(factors.values()) if isinstance(factors, SharedFactors) else []  # type: ignore[arg-type]
+    """The stacks in `own_factors`."""
+    return list(own_factors(model).values())  # type: ignore[arg-type]
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> FacTConfig | None:
     """The config of the adapter of this name that `model` has factors of, if there is one."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config: FacTConfig | None = getattr(base, FACTORS).configs.get(adapter_name) if own_stacks(base) else None
-    return config
+    return own_factors(model).configs.get(adapter_name)
 
 
 def forget(model: nn.Module, adapter_name: str) -> None:
@@ -47,14 +55,14 @@ def forget(model: nn.Module, adapter_name: str) -> None:
             module.delete_adapter(adapter_name, new_active_adapters=others)
     for stack in stacks:
         stack.forget(adapter_name)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name in [name for name, stack in getattr(base, FACTORS, {}).items() if not stack.fact_U] if stacks else []:
-        del getattr(base, FACTORS)[name]
+    factors = own_factors(model)
+    for name in [name for name, stack in factors.items() if not stack.fact_U]:
+        del factors[name]
 
 
 def discard(model: nn.Module, adapter_name: str) -> None:
     """Undo the injection of an adapter: the model keeps no wrapper that none of its other adapters needs."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     forget(base, adapter_name)
     replacements: dict[nn.Module, nn.Module] = {}
     for module in base.modules():
