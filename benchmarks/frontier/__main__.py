@@ -34,7 +34,7 @@ from benchmarks.reporting.markdown import write_generated
 
 def measure(args: argparse.Namespace) -> None:
     """Run what is missing of the tasks and methods of the command line."""
-    protocol = Protocol(args.epochs, args.batch_size, args.trials, args.num_seeds)
+    protocol = Protocol(args.epochs, args.batch_size, args.trials, args.num_seeds, tuple(args.rates))
     tasks = args.tasks or task_names(args.data)
     num_searched = len(args.choose_on or tasks) * protocol.trials
     num_others = len(set(tasks) - set(args.choose_on)) * (protocol.num_seeds - (not args.choose_on))
@@ -58,8 +58,10 @@ def main() -> None:
     )
     add("--choose_on", nargs="+", default=[], metavar="TASK", help="no search but on these tasks, together")
     add("--trials", type=int, default=Protocol().trials, help="learning rates tried (default: %(default)s)")
+    add("--rates", nargs="+", type=float, default=[], metavar="RATE", help="try these instead of searching")
     add("--num_seeds", type=int, default=Protocol().num_seeds, help="seeds of what was chosen (default: %(default)s)")
     args = parse(parser, "frontier")
+    args.trials = len(args.rates) or args.trials
     if args.trials < 2:
         parser.error(f"--trials is {args.trials}, but what was run at one rate does not count as searched; ask for 2.")
     if args.data is not None:

@@ -36,12 +36,14 @@ class Protocol(NamedTuple):
         batch_size: Of a step.
         trials: Learning rates tried, with seed 0.
         num_seeds: Seeds that the best one is run with, seed 0 included.
+        rates: The learning rates tried; if empty, a search picks `trials` of them.
     """
 
     epochs: int = 10
     batch_size: int = 50
     trials: int = 3
     num_seeds: int = 3
+    rates: tuple[float, ...] = ()
 
 
 def next_rate(accuracies: dict[float, float]) -> float:
@@ -218,8 +220,9 @@ class Measurements:
     def search(self, tasks: list[str], name: str, method: Method) -> float:
         """The learning rate that is best on the validation images of the tasks, on their mean."""
         accuracies: dict[float, float] = {}
-        while len(accuracies) < self.protocol.trials:
-            rate = next_rate(accuracies) if accuracies else method.first_rate
+        given = list(self.protocol.rates)
+        while given or len(accuracies) < self.protocol.trials:
+            rate = given.pop(0) if given else next_rate(accuracies) if accuracies else method.first_rate
             outcomes = [self.outcome(task, name, method, rate, SEARCH_SEED) for task in tasks]
             accuracies[rate] = fmean(outcome["val_accuracy"] for outcome in outcomes)
         return max(accuracies, key=accuracies.__getitem__)
