@@ -10,7 +10,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from .adapter.adapter import Adapter
 from .adapter.files import find_folder
 from .adapter.names import for_terminal
-from .converters.conversion import FORMATS, convert_checkpoint
+from .converters.conversion import convert_checkpoint
+from .converters.source_formats import FORMATS
 from .operations.export import export_onnx
 from .operations.inspection import describe, draw_increments
 from .sharing.classifier import load_image_classifier
