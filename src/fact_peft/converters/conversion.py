@@ -19,7 +19,7 @@ from ..architecture.linears import part_names
 from ..method.tensorization import Slices, describe_layout, tensorize
 from .source_formats import FORMATS, SourceLayer
 
-# What a trainer saves beside the model to resume. The state of a second model is none of it, and is refused by name.
+# What a trainer saves beside the model to resume. The state of a second model is not listed, so it is refused by name.
 NOT_OF_THE_MODEL = {
     *("init", "optimizer_state", "scheduler_state", "scaler_state"),
     *("iteration", "epoch", "best_epoch", "best_metric", "current_metric", "train_time", "timestamp"),
@@ -35,12 +35,11 @@ def convert_checkpoint(
 ) -> FacTConfig:
     """Convert a file as `convert_from` does, and save the adapter for ``PeftModel.from_pretrained``.
 
+    Arguments that are not listed are those of `convert_from`.
+
     Args:
         file: A ``torch.save`` or safetensors file. Code in a pickle is never run.
         folder: Folder of the adapter to write.
-        source_format: As of `convert_from`.
-        scale: As of `convert_from`.
-        leave_out: As of `convert_from`.
 
     Returns:
         The config of the adapter.
@@ -114,11 +113,7 @@ def convert_from(
 
 
 def join_factors(layers: Mapping[str, SourceLayer], slices: Mapping[str, Slices]) -> dict[str, Tensor]:
-    """The factors of all stacks by their names in the adapted model, from layers in the order of the model.
-
-    Raises:
-        ValueError: If a factor has a shape that does not fit its layer, or holds NaN or infinity.
-    """
+    """The factors of all stacks by their names in the adapted model, from layers in the order of the model."""
     rank = next(iter(layers.values())).U.shape[1]
     factors: dict[str, Tensor] = {}
     cores: dict[str, list[Tensor]] = {}
@@ -137,11 +132,7 @@ def join_factors(layers: Mapping[str, SourceLayer], slices: Mapping[str, Slices]
 
 
 def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of a ``torch.save`` or safetensors file. Code in a pickle is never run.
-
-    Raises:
-        ValueError: If the file is missing, damaged, not a mapping from names, or holds more than plain data.
-    """
+    """The contents of a ``torch.save`` or safetensors file. Code in a pickle is never run."""
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"file={str(file)!r} does not exist; pass the checkpoint that the other code saved.")

@@ -85,9 +85,7 @@ def read_authors(tensors: dict[str, Tensor]) -> Read:
 def tensor_train_cores(C: Tensor, P: Tensor) -> dict[str, Tensor]:
     """The cores of a Tucker checkpoint under the names and in the shapes of the tensor-train script.
 
-    Args:
-        C: ``FacTc`` (r, r, r), whose last axis is mixed.
-        P: ``FacTp`` (r, slices).
+    C is ``FacTc`` (r, r, r), whose last axis is contracted with P, ``FacTp`` (r, slices).
     """
     rank, num_slices = P.shape
     weights = {}
@@ -158,8 +156,7 @@ class SourceFormat:
     """How another implementation of FacT saves its checkpoints.
 
     Attributes:
-        read: Returns the layers and heads of a checkpoint. It removes what it knows from the tensors, and raises a
-            `ValueError` if a tensor is missing.
+        read: Returns the layers and heads of a checkpoint, and removes from the tensors what it knows.
         scale: The factor s, if the implementation has a fixed one; None if every run has its own.
         share: Which layers share U and V, as `FacTConfig.share`.
         state: Key of the checkpoint under which the tensors are; empty if they are at its top.

@@ -61,11 +61,7 @@ class AdapterCache:
             raise
 
     def take(self, adapter: PooledAdapter) -> Tensor:
-        """The vector of an adapter, on the device. The adapter is now the most recently used one.
-
-        Raises:
-            ValueError: If its file is gone or damaged.
-        """
+        """The vector of an adapter, on the device. The adapter is now the most recently used one."""
         if adapter in self._on_device:
             self._on_device.move_to_end(adapter)
             return self._on_device[adapter]
@@ -85,13 +81,13 @@ class AdapterCache:
 
     def stats(self) -> dict[str, int]:
         """How many adapters are where, the bytes of those in memory, and how often one left the device."""
-        in_memory = [*self._on_device, *self._on_host]
+        in_memory = {**self._on_device, **self._on_host}
         return {
             "resident": len(self._on_device),
             "host": len(self._on_host),
-            "disk": len(self._files.keys() - set(in_memory)),
+            "disk": len(self._files.keys() - in_memory.keys()),
             "evictions": self.evictions,
-            "bytes": sum(adapter.num_bytes for adapter in in_memory),
+            "bytes": sum(vector.nbytes for vector in in_memory.values()),
         }
 
     def _make_room(self) -> None:

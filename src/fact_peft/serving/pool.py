@@ -217,11 +217,7 @@ class AdapterPool:
 
 
 def read(source: Any, revision: str | None, token: str | bool | None) -> Adapter:
-    """The adapter of a `Source`.
-
-    Raises:
-        ValueError: If `source` is of another type, or not an adapter of FacT.
-    """
+    """The adapter of a `Source`."""
     if isinstance(source, Adapter):
         return source
     if isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[0], FacTConfig):

@@ -92,14 +92,12 @@ class PooledAdapter:
         scale: The scale s.
         labels: The class names; None if they are not known.
         num_labels: The number of its logits.
-        num_bytes: Bytes of the vector.
     """
 
     spec: AdapterSpec
     scale: float
     labels: list[str] | None
     num_labels: int
-    num_bytes: int
 
     def increment_norms(self, vector: Tensor) -> dict[str, float]:
         """Frobenius norm of dW, scale included, by layer name; `vector` has the adapter's numbers."""

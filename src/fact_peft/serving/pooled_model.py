@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
@@ -19,18 +18,17 @@ from ..method.per_image import FactorBank, joined, of_images
 from ..method.tensorization import Slices, block_of, stack_sizes, tensorize
 from ..tuner.mixed_batch import MixedBatch, current_batch
 from ..tuner.per_image_weight import PerImageWeight
+from ..upstream import AuxiliaryTrainingWrapper
 from .pooled_adapter import AdapterSpec, PooledAdapter, StackedAdapters, to_vector
 
 
 class PooledLinear(nn.Module):
-    """``y_i = base_layer(x_i) + x_i dW_i`` for every image i of the batch."""
+    """``y_i = base_layer(x_i) + x_i dW_i`` for every image i of the batch.
+
+    The layer has slices in a stack of the whole model and, if it is in a block, in a stack of the block.
+    """
 
     def __init__(self, base_layer: nn.Module, slices: Sequence[Slices]) -> None:
-        """
-        Args:
-            base_layer: A linear layer, quantised or not, or transformers' ``Conv1D``.
-            slices: Its slices among those of the model and, if it is in a block, among those of the block.
-        """
         super().__init__()
         self.base_layer = base_layer
         self.slices: dict[Hashable, Slices] = {owned.stack: owned for owned in slices}
@@ -88,10 +86,6 @@ class PooledModel:
     """
 
     def __init__(self, vit: nn.Module) -> None:
-        """
-        Raises:
-            ValueError: If `vit` has adapters, or is not a classifier with linear heads.
-        """
         if any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in vit.modules()):
             raise ValueError(
                 f"vit is a {type(vit).__name__} with adapters in it; pass the model without (unload() takes them out) "
@@ -141,11 +135,7 @@ class PooledModel:
         return list(self.heads.values())[-1].out_features
 
     def admit(self, name: str, adapter: Adapter, dtype: torch.dtype) -> tuple[PooledAdapter, Tensor]:
-        """Check that an adapter fits the model; return its description, and its numbers in host memory.
-
-        Raises:
-            ValueError: If it does not fit, or has something that cannot be pooled.
-        """
+        """Check that an adapter fits the model; return its description, and its numbers in host memory."""
         reasons = self._objections(adapter)
         if not reasons:
             spec, vector = to_vector(adapter, dtype)
@@ -158,7 +148,7 @@ class PooledModel:
                 reasons.append(f"it has {len(labels)} labels for {num_labels} logits")
         if reasons:
             raise ValueError(f"Adapter {name!r} cannot be pooled: {'; '.join(reasons)}.")
-        return PooledAdapter(spec, adapter.config.scaling, labels, num_labels, vector.nbytes), vector
+        return PooledAdapter(spec, adapter.config.scaling, labels, num_labels), vector
 
     def _objections(self, adapter: Adapter) -> list[str]:
         """Why the names and shapes of an adapter do not fit the model; empty if they do."""
@@ -195,13 +185,10 @@ class PooledModel:
         return reasons
 
     def gather(self, owners: Sequence[tuple[PooledAdapter, Tensor] | None], dtype: torch.dtype) -> MixedBatch:
-        """The factors and heads of a batch. Adapters of one spec are stacked together.
+        """The factors and heads of a batch that is multiplied in `dtype`. Adapters of one spec are stacked together.
 
-        Ranks and numbers of labels are raised to the next power of two, so that a compiled model sees few shapes.
-
-        Args:
-            owners: The adapter of every image and the adapter's vector; None for the base model. Not all are None.
-            dtype: In which to multiply.
+        `owners` has the adapter of every image with its vector, or None for the base model; not all are None. Ranks and
+        numbers of labels are raised to the next power of two, so that a compiled model sees few shapes.
         """
         vectors_by_spec: dict[AdapterSpec, dict[PooledAdapter, Tensor]] = {}
         for adapter, vector in filter(None, owners):
