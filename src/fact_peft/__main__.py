@@ -47,17 +47,15 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=convert)
 
-    command = commands.add_parser("merge", help="save base model and adapter as one model of transformers or timm")
-    command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
-    command.add_argument("out", type=Path, help="folder of the model to write")
-    command.add_argument("--base-model", help="name or folder of the base model, if not the one the adapter names")
-    command.set_defaults(run=merge)
-
-    command = commands.add_parser("export", help="save base model and adapter as one ONNX file")
-    command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
-    command.add_argument("out", type=Path, help="the .onnx file to write")
-    command.add_argument("--base-model", help="name or folder of the base model, if not the one the adapter names")
-    command.set_defaults(run=export)
+    for run, saved_as, out in (
+        (merge, "one model of transformers or timm", "folder of the model to write"),
+        (export, "one ONNX file", "the .onnx file to write"),
+    ):
+        command = commands.add_parser(run.__name__, help=f"save base model and adapter as {saved_as}")
+        command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
+        command.add_argument("out", type=Path, help=out)
+        command.add_argument("--base-model", help="name or folder of the base model, if not the one the adapter names")
+        command.set_defaults(run=run)
     return parser
 
 
