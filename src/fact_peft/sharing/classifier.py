@@ -16,7 +16,6 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..adapter.adapter import Adapter
-from ..adapter.config import fact_config
 from ..adapter.files import find_folder, replacing_files
 from ..adapter.names import is_hub_id
 from ..architecture.heads import label_settings
@@ -177,12 +176,11 @@ def parts_to_save(
             if active
             else "model has no active adapter; call set_adapter(...) with the one to save."
         )
-    config, base = fact_config(model, model.active_adapter), model.get_base_model()
-    adapter = Adapter.of(model, model.active_adapter)
+    adapter, base = Adapter.of(model, model.active_adapter), model.get_base_model()
+    config, revision = adapter.config, None
     changes = {"storage": storage or config.storage, "head_storage": head_storage or config.head_storage}
-    recorded, revision = adapter.config.base_model_name_or_path, None
-    if base_model is None and recorded is None:
+    if base_model is None and config.base_model_name_or_path is None:
         base_model, revision = name_of_timm_model(base)
-    if base_model and base_model != recorded:
+    if base_model and base_model != config.base_model_name_or_path:
         changes |= {"base_model_name_or_path": base_model, "revision": revision}
     return adapter.replace(**changes), find_image_processor(image_processor, base)
