@@ -217,6 +217,14 @@ def test_adapter_with_a_name_is_saved_as_the_classifier(tmp_path):
     assert torch.equal(scores(loaded), scores(model))
 
 
+def test_adapter_that_the_tuner_has_active_is_saved(tmp_path):
+    model = adapted(tmp_path / "base")
+    model.add_adapter("birds", FacTConfig(rank=2, init_weights=False, scale=3.0))
+    model.base_model.set_adapter("birds")  # PEFT's own wrapper still names "default"
+    save_image_classifier(model, PROCESSOR, tmp_path / "adapter")
+    assert FacTConfig.from_pretrained(tmp_path / "adapter").rank == 2
+
+
 def test_head_of_the_base_serves_an_adapter_without_one(tmp_path):
     model = adapted(tmp_path / "base", labels=None, modules_to_save=[])
     save_image_classifier(model, PROCESSOR, tmp_path / "adapter")

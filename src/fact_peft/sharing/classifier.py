@@ -144,8 +144,8 @@ def push_image_classifier(
         )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        adapter.write_files(folder)
         save_image_processor(image_processor, model.get_base_model(), folder)
+        adapter.write_files(folder)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         try:
             earlier = Path(hf_hub_download(repo_id, CARD, token=token))
@@ -176,7 +176,7 @@ def parts_to_save(
             if active
             else "model has no active adapter; call set_adapter(...) with the one to save."
         )
-    adapter, base = Adapter.of(model, model.active_adapter), model.get_base_model()
+    adapter, base = Adapter.of(model, active[0]), model.get_base_model()
     config, revision = adapter.config, None
     changes = {"storage": storage or config.storage, "head_storage": head_storage or config.head_storage}
     if base_model is None and config.base_model_name_or_path is None:
