@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..adapter.files import replacing_files, write_files
 from ..adapter.validation import PREFIX
-from ..architecture.multihead import IN_PROJ
+from ..architecture.linears import IN_PROJ
 from ..tuner.layer import FacTLinear
 
 Pairs = dict[str, tuple[Tensor, Tensor]]

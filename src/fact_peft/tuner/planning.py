@@ -18,8 +18,7 @@ from ..adapter.renaming import UNCHANGED, find_renaming
 from ..adapter.validation import FACTORS
 from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers, fitting_labels
-from ..architecture.linears import base_of, check_order, find_linears, is_fused, part_names, walk
-from ..architecture.multihead import IN_PROJ
+from ..architecture.linears import IN_PROJ, base_of, check_order, find_linears, is_fused, part_names, walk
 from ..method.tensorization import PARTS, describe_layout, tensorize
 from ..upstream import ExcludedModule, find_minimal_target_modules, include_all_linear_layers
 from .refusals import (

@@ -11,8 +11,7 @@ from torch import nn
 
 from ..adapter.config import FacTConfig
 from ..adapter.validation import FACTORS
-from ..architecture.linears import replace_everywhere
-from ..architecture.multihead import close_attentions
+from ..architecture.linears import close_attentions, replace_everywhere
 from ..upstream import ModulesToSaveWrapper, activate_heads
 from .factors import FacTLayer, FacTStack, SharedFactors
 from .head import FacTHead
