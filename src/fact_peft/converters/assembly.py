@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.config import FacTConfig
-from ..adapter.validation import PREFIX, factor_key
+from ..adapter.names import PREFIX, factor_key
 from ..architecture.linears import part_names
 from ..method.tensorization import describe_layout, tensorize
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapter.config import FacTConfig
-from ..adapter.validation import FACTORS
+from ..adapter.names import FACTORS
 from ..architecture.linears import close_attentions, replace_everywhere
 from ..upstream import ModulesToSaveWrapper, activate_heads
 from .factors import FacTLayer, FacTStack, SharedFactors
