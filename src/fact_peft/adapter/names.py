@@ -50,7 +50,7 @@ class Renaming:
         return bool(self.removed or self.added)
 
     def here(self, saved: str) -> str:
-        """The name in the model; a name of the model stays as it is."""
+        """The name in the model of a saved name; a name of the model is returned as it is."""
         return self.added + saved.removeprefix(self.removed).removeprefix(self.added)
 
     def saved(self, name: str) -> str | None:
@@ -72,7 +72,7 @@ class Renaming:
         return renamed
 
     def stack(self, saved: str) -> str:
-        """The name in the model of a stack of factors. It contains that of a block if every block has its own."""
+        """The name in the model of a stack of factors, which contains the name of a block with ``share="block"``."""
         shape, block = split_stack(saved)
         dashed = Renaming(self.removed.replace(".", "-"), self.added.replace(".", "-"))
         return f"{shape}@{dashed.here(block)}" if block else saved

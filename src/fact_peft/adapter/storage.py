@@ -176,16 +176,10 @@ def split_bits(data: Tensor, bits: int) -> Tensor:
 def to_storage(
     name: str, tensor: Tensor, storage: str | None, packing: Callable[[Tensor, int], Tensor] = pack
 ) -> Tensor:
-    """A tensor as it is saved.
+    """A tensor as it is saved in `storage`, one of `STORAGES`; with ``packing=rounded``, floats with the saved numbers.
 
     Integers stay as they are, and so do tensors that hold NaN or infinity: these are masks, or are refused when they
     are loaded. Tensors without numbers stay too, such as those that ZeRO-3 keeps on other processes.
-
-    Args:
-        name: Name of the tensor, for the error message.
-        tensor: Tensor of the model.
-        storage: One of `STORAGES`, or None for the data type of the tensor.
-        packing: From floats and bits to what is saved: `pack`, or `rounded` for floats with the stored numbers.
 
     Raises:
         ValueError: If a number is too large for float16.

@@ -114,11 +114,7 @@ def is_fused(model: nn.Module, name: str) -> bool:
 
 
 def check_order(model: nn.Module, parts: Mapping[str, str]) -> None:
-    """Refuse fused layers whose outputs are not the queries, then the keys, then the values, all of one width.
-
-    Args:
-        model: The model.
-        parts: Which of q, k and v are to be adapted, by layer.
+    """Refuse to adapt `parts` of fused layers whose outputs are not q, then k, then v, all of one width.
 
     Raises:
         ValueError: If a layer is known to have another order, or if no layer of its block reads a third of its outputs,
