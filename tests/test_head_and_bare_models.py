@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fact_peft import Adapter, FacTConfig
-from fact_peft.adapter.renaming import Renaming
+from fact_peft.adapter.names import Renaming
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 VIT = ViTConfig(**VIT_SHAPE)

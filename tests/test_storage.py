@@ -24,8 +24,7 @@ from fact_peft import (
     save_image_classifier,
 )
 from fact_peft.__main__ import main
-from fact_peft.adapter.packing import WIDTHS, is_packed, pack, rounded, unpack
-from fact_peft.adapter.storage import STORAGES, bits_of
+from fact_peft.adapter.storage import STORAGES, WIDTHS, bits_of, is_packed, pack, rounded, unpack
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
 
@@ -62,7 +61,7 @@ def random(shape, seed=0):
 
 
 def decoded(packed):
-    """The numbers of a packed tensor, from the description of the layout in `packing.py` and numpy alone."""
+    """The numbers of a packed tensor, from the description of the layout in `storage.py` and numpy alone."""
     data = packed.numpy().tobytes()
     magic, version, bits, group, num_dimensions = struct.unpack_from("<4sBBBB", data)
     assert (magic, version) == (b"FacT", 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
-from ..adapter.validation import PREFIX, factor_key
+from ..adapter.names import PREFIX, factor_key
 from ..architecture.linears import part_names
 from ..method.tensorization import Slices, describe_layout, tensorize
 from .source_formats import FORMATS, SourceLayer

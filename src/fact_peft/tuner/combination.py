@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
-from ..adapter.validation import factor_key, factor_shapes
+from ..adapter.names import factor_key
+from ..adapter.validation import factor_shapes
 from ..architecture.linears import part_names
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import PARTS, describe_layout

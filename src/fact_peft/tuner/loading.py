@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import is_copied_bias
 from ..adapter.config import FacTConfig
-from ..adapter.names import for_terminal
+from ..adapter.names import PREFIX, factor_key, for_terminal
 from ..adapter.storage import from_storage, is_finite, to_storage
-from ..adapter.validation import PREFIX, factor_key, factor_shapes
+from ..adapter.validation import factor_shapes
 from ..upstream import AuxiliaryTrainingWrapper
 from .merging import is_merged
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..adapter.config import FacTConfig, fact_config
 from ..adapter.field_checks import check_scale
-from ..adapter.validation import FACTORS
-from ..architecture.multihead import close_attentions, open_attentions
+from ..adapter.names import FACTORS
+from ..architecture.linears import close_attentions, open_attentions
 from ..method.tensorization import stack_sizes
 from .adapter_names import using_adapters
 from .combination import sum_of_model

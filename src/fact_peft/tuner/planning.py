@@ -13,13 +13,10 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from ..adapter.config import FacTConfig
-from ..adapter.names import mark_local_folder
-from ..adapter.renaming import UNCHANGED, find_renaming
-from ..adapter.validation import FACTORS
+from ..adapter.names import FACTORS, UNCHANGED, find_renaming, mark_local_folder
 from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers, fitting_labels
-from ..architecture.linears import base_of, check_order, find_linears, is_fused, part_names, walk
-from ..architecture.multihead import IN_PROJ
+from ..architecture.linears import IN_PROJ, base_of, check_order, find_linears, is_fused, part_names, walk
 from ..method.tensorization import PARTS, describe_layout, tensorize
 from ..upstream import ExcludedModule, find_minimal_target_modules, include_all_linear_layers
 from .refusals import (

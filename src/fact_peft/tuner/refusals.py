@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..adapter.config import FacTConfig
-from ..adapter.validation import FACTORS
+from ..adapter.names import FACTORS
 from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.heads import find_classifiers
 from ..architecture.linears import base_of, is_fused, part_names, walk

@@ -10,9 +10,8 @@ from peft import PeftModel
 from torch import nn
 
 from ..adapter.config import FacTConfig
-from ..adapter.validation import FACTORS
-from ..architecture.linears import replace_everywhere
-from ..architecture.multihead import close_attentions
+from ..adapter.names import FACTORS
+from ..architecture.linears import close_attentions, replace_everywhere
 from ..upstream import ModulesToSaveWrapper, activate_heads
 from .factors import FacTLayer, FacTStack, SharedFactors
 from .head import FacTHead
