@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import open_clip
-import timm
+import pytest
 import torch
-import torchvision
 import transformers
 from torch import Tensor, nn
 
@@ -60,13 +58,16 @@ class Architecture:
         return self._build(self.full)
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
-        if self.model.startswith("timm/"):
-            return timm.create_model(self.model.removeprefix("timm/"), **settings).eval()
-        if self.model.startswith("torchvision/"):
-            return getattr(torchvision.models, self.model.removeprefix("torchvision/"))(**settings).eval()
-        if self.model.startswith("open_clip/"):
-            return getattr(open_clip.transformer, self.model.removeprefix("open_clip/"))(**settings).eval()
-        model_class = getattr(transformers, self.model)
+        library, _, name = self.model.rpartition("/")
+        if library == "timm":
+            return pytest.importorskip("timm").create_model(name, **settings).eval()
+        if library == "torchvision":
+            return getattr(pytest.importorskip("torchvision").models, name)(**settings).eval()
+        if library == "open_clip":
+            return getattr(pytest.importorskip("open_clip").transformer, name)(**settings).eval()
+        if name.startswith("TimmWrapper"):
+            pytest.importorskip("timm")
+        model_class = getattr(transformers, name)
         return model_class(model_class.config_class(**settings)).eval()
 
 

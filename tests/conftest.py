@@ -4,7 +4,8 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 # Two threads on tiny models collapse as soon as anything else runs on the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -17,8 +18,11 @@ torch.set_num_threads(1)
 
 def pytest_report_header() -> str:
     """What the tests run with, as docs/versions.md lists it."""
-    names = "torch transformers peft accelerate datasets safetensors huggingface_hub timm numpy".split()
-    return "versions: " + ", ".join(f"{name} {version(name)}" for name in names)
+    found = []
+    for name in "torch transformers peft accelerate datasets safetensors huggingface_hub timm numpy".split():
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return "versions: " + ", ".join(found)
 
 
 @pytest.fixture
@@ -26,6 +30,8 @@ def run_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     """Run ``python -m MODULE ARGUMENT ...`` without the seconds that a new process imports; returns what it prints."""
 
     def run(module: str, *arguments: object) -> str:
+        if module == "fact_peft":
+            pytest.importorskip("PIL", reason="No module named 'PIL', which `python -m fact_peft` imports")
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
         for name in (module, f"{module}.__main__"):  # else runpy warns
             monkeypatch.delitem(sys.modules, name, raising=False)

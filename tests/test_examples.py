@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("torchvision")
+
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = ("linear-probe", "full-tuning", "LoRA", "FacT-TT", "FacT-TK")

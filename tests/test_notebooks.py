@@ -3,8 +3,11 @@
 import runpy
 from pathlib import Path
 
-import nbformat
 import pytest
+
+pytest.importorskip("nbformat")
+
+import nbformat
 
 FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

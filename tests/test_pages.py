@@ -5,12 +5,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pages
 import pytest
 from forking import Fork, forking
 from hub_server import serve
 
 import fact_peft
+
+pytest.importorskip("PIL")
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+
+import pages
 
 PATTERNS = ("*.md", "docs/*.md", "examples/*/README.md", "benchmarks/**/*.md")
 FILES = sorted({file for pattern in PATTERNS for file in pages.ROOT.glob(pattern)})

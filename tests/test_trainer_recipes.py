@@ -8,7 +8,6 @@ from backbones import images, logits, make_backbone
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import RandomImages
-from timm.utils import ModelEmaV3
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -103,7 +102,7 @@ def test_an_average_of_weights_is_that_of_the_factors(kind, tmp_path):
     model = adapted()
     decay = 0.9
     if kind == "timm":
-        average = ModelEmaV3(model, decay=decay)
+        average = pytest.importorskip("timm.utils").ModelEmaV3(model, decay=decay)
         update = average.update
     else:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
