@@ -33,6 +33,8 @@ class Architecture:
         full: Settings of the model in full size, if not the defaults.
         no_gradient: Regex for targeted layers that the output of the random model does not depend on; the entry says
             why.
+        needs: Packages that the model wants beside transformers; a test that builds it is skipped without them.
+        full_needs: Those that only the model in full size wants.
     """
 
     model: str
@@ -43,6 +45,8 @@ class Architecture:
     heads: tuple[str, ...] = ()
     full: dict[str, Any] = field(default_factory=dict)
     no_gradient: str = ""
+    needs: tuple[str, ...] = ()
+    full_needs: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
         """The tiny model with random weights, all of them: untrained models have parts that do nothing yet, such as
@@ -55,6 +59,8 @@ class Architecture:
 
     def build_full(self) -> nn.Module:
         """The model in its default size."""
+        for package in self.full_needs:
+            pytest.importorskip(package)
         return self._build(self.full)
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
@@ -65,8 +71,8 @@ class Architecture:
             return getattr(pytest.importorskip("torchvision").models, name)(**settings).eval()
         if library == "open_clip":
             return getattr(pytest.importorskip("open_clip").transformer, name)(**settings).eval()
-        if name.startswith("TimmWrapper"):
-            pytest.importorskip("timm")
+        for package in self.needs:
+            pytest.importorskip(package)
         model_class = getattr(transformers, name)
         return model_class(model_class.config_class(**settings)).eval()
 
@@ -481,6 +487,7 @@ VISION = {
         image(),
         r"layers\.\d+\.(attention\.([qkv]|out)_proj|mlp\.fc[12])",
         3 * 6,
+        needs=("scipy",),
     ),
     # The backbone is adapted; pixel decoder and mask decoder, on top of it and narrower, are the head.
     "Mask2Former": Architecture(
@@ -508,6 +515,7 @@ VISION = {
         image(64),
         rf"model\.pixel_level_module\.encoder\.swin\.encoder\.layers\.\d+\.blocks\.\d+\.{VIT_LAYERS}",
         4 * 6,
+        needs=("scipy",),
     ),
     "YOLOS": Architecture(
         "YolosForObjectDetection",
@@ -529,6 +537,7 @@ VISION = {
         r"model\.(en|de)coder\.layers\.\d+\.((self|encoder)_attn\.[qkvo]_proj|mlp\.fc[12])",
         2 * 6 + 2 * 10,
         no_gradient=r"model\.decoder\.layers\.0\.self_attn\.[qkv]_proj",
+        full_needs=("timm",),
     ),
     # Adapted is the vision encoder. The mask decoder is a head, though it has transformer blocks: what a model puts on
     # top of a pretrained encoder, much smaller, and what people train in full (modules_to_save=["mask_decoder"]).
@@ -642,6 +651,7 @@ VISION = {
         2 * 4,
         ("timm_model.head",),
         full={"architecture": "vit_tiny_patch16_224"},
+        needs=("timm",),
     ),
     # Two heads, in a list.
     "timm CrossViT": Architecture(

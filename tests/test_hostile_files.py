@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from backbones import image_processor, images, logits, make_backbone
+from backbones import images, logits, make_backbone
 from peft import (
     AutoPeftModel,
     LoraConfig,
@@ -31,7 +31,7 @@ LAYER = "vit.layers.0.attention.q_proj"
 def base_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     make_backbone("vit").save_pretrained(folder)
-    image_processor().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
     return folder
 
 

@@ -46,6 +46,7 @@ settings = pytest.mark.parametrize("setting", SETTINGS, ids=[name_of(*setting) f
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of the single process."""
+    pytest.importorskip("sklearn")  # for the data of the loop
     folder = tmp_path_factory.mktemp("launchers")
     save_backbones(folder)
     train_single(folder)
