@@ -324,8 +324,9 @@ def put_many(state: Path, adapter: Path, first: int) -> None:
         Catalogue(state).put(f"n{number}", adapter, "")
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_writers_in_several_processes_lose_nothing(adapters, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     writers = [
         context.Process(target=put_many, args=(tmp_path / "state", adapters / name, first))
         for name, first in (("a", 0), ("b", 20))
