@@ -272,7 +272,7 @@ def test_without_training_it_reports_the_model_as_it_starts(train):
 
 
 def test_it_writes_for_tensorboard(train, tmp_path):
-    pytest.importorskip("tensorboard", reason="an optional reader of the training curves")
+    pytest.importorskip("tensorboard", reason="tensorboard, an optional reader of the training curves, is missing")
     train("--report_to", "tensorboard")
     assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
 
