@@ -3,7 +3,6 @@
 import logging
 
 import pytest
-import timm
 import torch
 from backbones import NUM_LABELS, VIT_SHAPE
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -107,6 +106,8 @@ def test_adapter_of_a_bare_model_gives_the_same_features_inside_the_classifier(n
 
 
 def test_adapter_of_a_timm_classifier_gives_the_same_features_without_the_head(tmp_path, caplog):
+    timm = pytest.importorskip("timm")
+
     def build(num_classes: int) -> nn.Module:
         torch.manual_seed(7)
         return timm.models.VisionTransformer(
