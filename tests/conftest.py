@@ -45,8 +45,6 @@ def run_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     """Run ``python -m MODULE ARGUMENT ...`` without the seconds that a new process imports; returns what it prints."""
 
     def run(module: str, *arguments: object) -> str:
-        if module == "fact_peft":
-            pytest.importorskip("PIL", reason="No module named 'PIL', which `python -m fact_peft` imports")
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
         for name in (module, f"{module}.__main__"):  # else runpy warns
             monkeypatch.delitem(sys.modules, name, raising=False)

@@ -219,7 +219,7 @@ def test_adapter_that_the_tuner_has_active_is_saved(tmp_path):
     model = adapted(tmp_path / "base")
     model.add_adapter("birds", FacTConfig(rank=2, init_weights=False, scale=3.0))
     model.base_model.set_adapter("birds")  # PEFT's own wrapper still names "default"
-    save_image_classifier(model, PROCESSOR, tmp_path / "adapter")
+    save_image_classifier(model, own_processor(), tmp_path / "adapter")
     assert FacTConfig.from_pretrained(tmp_path / "adapter").rank == 2
 
 

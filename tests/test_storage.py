@@ -22,7 +22,6 @@ from fact_peft import (
     save_as_lora,
     save_image_classifier,
 )
-from fact_peft.__main__ import main
 from fact_peft.adapter.storage import STORAGES, WIDTHS, bits_of, is_packed, pack, rounded, unpack
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
