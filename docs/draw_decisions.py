@@ -11,7 +11,7 @@ FILE = Path(__file__).parent / "pictures" / "decisions.png"
 DECISIONS = {
     "Which method?": [
         ("4 to 16 images per class", "BitFit or LoRA r=1"),
-        ("many similar classes, at any size", "LoRA r=8"),
+        ("many similar classes, any file size", "LoRA r=8"),
         ("everything else", "FacT"),
     ],
     "Which rank?": [
