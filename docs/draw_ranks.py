@@ -37,7 +37,7 @@ def draw_sizes() -> None:
             name(axes, size(row.bytes), (row.rank, row.bytes), offset, color=colour, ha="center")
         last = line.iloc[-1]
         name(axes, method, (last["rank"], last["bytes"]), (30, 0), color=colour, weight="bold", va="center")
-    axes.set(xscale="log", yscale="log", xlim=(3.2, 62), ylim=(1.4e4, 6e7))
+    axes.set(xscale="log", yscale="log", xlim=(3.2, 62), ylim=(1.1e4, 6e7))
     axes.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
     axes.set_yticks([1e5, 1e6, 1e7], ["100 KB", "1 MB", "10 MB"])
     axes.set(xlabel="rank", ylabel="adapter of a ViT-B/16 in float32")
