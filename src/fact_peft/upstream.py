@@ -1,7 +1,7 @@
-"""Everything of PEFT and transformers that fact_peft uses without it being public, and how FacT is registered.
+"""The private names of PEFT, transformers and torch that the tuner uses, and how FacT is registered.
 
-Each name stands here once, with what it is used for; ``docs/upstream.md`` lists them. If a release has one no longer,
-importing fact_peft says so and names the versions.
+Each name stands here once, with what it is used for; ``docs/upstream.md`` lists them. If a release no longer has one,
+importing fact_peft raises an error that names the versions.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ ModulesToSaveWrapper = private(f"{OTHER}:ModulesToSaveWrapper", "base class of t
 activate_heads = private(f"{OTHER}:_set_adapter", "to activate the heads of an adapter after another was deleted")
 split_download_arguments = private(
     "peft:PeftConfig._split_kwargs", "to find the arguments of a Hub download among those of `from_pretrained`"
+)
+current_graph_task = private("torch._C:_current_graph_task_id", "to tell whether a backward pass runs a layer again")
+active_ddp_module = private(
+    "torch.nn.parallel:DistributedDataParallel._get_active_ddp_module", "to refuse reentrant checkpointing under DDP"
 )
 # Methods that are overridden: were one renamed, PEFT would call its own instead.
 for hook, purpose in {

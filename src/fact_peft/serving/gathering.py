@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..method.per_image import FactorBank, joined, of_images, reordered
+from ..method.fused_linear import FactorBank, joined, of_images, reordered
 from ..tuner.mixed_batch import MixedBatch
 from .adapter_spec import AdapterSpec
 from .pooled_adapter import PooledAdapter

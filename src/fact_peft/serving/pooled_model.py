@@ -14,8 +14,7 @@ from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers, named_labels
 from ..architecture.linears import find_linears
 from ..method.tensorization import Slices, block_of, stack_sizes, tensorize
-from ..tuner.mixed_batch import current_batch
-from ..tuner.per_image_weight import PerImageWeight
+from ..tuner.mixed_batch import PerImageWeight, current_batch
 
 
 class PooledLinear(nn.Module):
