@@ -99,7 +99,7 @@ def tensorize(
         ValueError: If the slices of a layer in `parts` do not divide into q, k and v; or with ``share="block"``, if a
             layer is in no block, or the names of two blocks differ only in dots and dashes.
     """
-    stack_sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     blocks: dict[str, str] = {}
     slices = {}
     for name, (in_features, out_features) in linear_shapes.items():
@@ -123,12 +123,12 @@ def tensorize(
             stack=stack,
             in_width=in_width,
             out_width=out_width,
-            first=stack_sizes.get(stack, 0),
+            first=sizes[stack],
             num_in_blocks=in_features // in_width,
             num_out_blocks=out_features // out_width,
             parts=parts.get(name, ""),
         )
-        stack_sizes[stack] = slices[name].first + slices[name].count
+        sizes[stack] += slices[name].count
     return slices
 
 
@@ -143,7 +143,7 @@ def slices_of(layout: tuple[str, ...], share: str = "model") -> Mapping[str, Sli
 
 
 def split_stack(stack: str) -> tuple[str, str]:
-    """The slice shape and the block in a stack's name. Dots of the block are dashes there; it is empty if shared."""
+    """The slice shape and the block in a stack's name. The block has dashes for dots, and is empty without blocks."""
     shape, _, block = stack.partition("@")
     return shape, block
 
@@ -159,8 +159,7 @@ def stack_sizes(slices: Iterable[Slices]) -> dict[str, int]:
 def split_at_block(name: str) -> tuple[str, str, str]:
     """Split a layer's name ``"<container>.<index>.<path>"`` at its last index that is followed by a path.
 
-    Returns:
-        Container, index and path. Container and index are empty if the layer is outside all blocks.
+    Container and index are empty if the layer is outside all blocks.
     """
     match = re.fullmatch(r"(.*)\.(\d+)\.(.*?\D.*)", f".{name}")
     container, index, path = match.groups() if match else ("", "", f".{name}")

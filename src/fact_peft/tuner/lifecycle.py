@@ -175,7 +175,7 @@ def checked_state_dict(
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
     biases: Iterable[str],
-    remap: Callable[[nn.Module, FacTConfig, str, dict[str, Tensor]], dict[str, Tensor]],
+    remap: Callable[..., dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """The tensors that PEFT is to copy into the model, as floats under their names in the model.
 
