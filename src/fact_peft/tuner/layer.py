@@ -146,9 +146,8 @@ class FacTLinear(nn.Module, FacTLayer):
 
     def _forward_fused(self, x: Tensor, adapter_name: str) -> Tensor:
         """x W^T + b + x dW in one function with few passes over activations; see `fused_linear`."""
-        assert isinstance(self.base_layer, nn.Linear)
-        weight: Tensor = self.base_layer.weight
-        bias: Tensor | None = self.base_layer.bias
+        base_layer: Any = self.base_layer
+        weight, bias = base_layer.weight, base_layer.bias
         config, noise, dtype = self._config(adapter_name), None, autocast_dtype(x)
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
