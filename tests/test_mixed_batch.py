@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fact_peft import FacTConfig, FacTLinear, convert_to_lora
 from fact_peft.architecture.linears import OpenAttention
-from fact_peft.method.per_image import FactorBank, read_per_image, write_per_image
+from fact_peft.method.fused_linear import FactorBank, read_per_image, write_per_image
 from fact_peft.tuner.head import FacTHead
 
 # From rank, decomposition and scale to the layers: no two are of one shape.

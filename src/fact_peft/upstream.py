@@ -1,4 +1,4 @@
-"""The private names of PEFT and transformers that fact_peft uses, and the registration of FacT.
+"""The private names of PEFT, transformers and torch that the tuner uses, and the registration of FacT.
 
 ``docs/upstream.md`` lists the names and what they are used for. If a release no longer has one of them, importing
 fact_peft raises an error with the name and the version.
@@ -46,6 +46,10 @@ ModulesToSaveWrapper = private(f"{OTHER}:ModulesToSaveWrapper", "base class of t
 activate_heads = private(f"{OTHER}:_set_adapter", "to activate the heads of an adapter after another was deleted")
 split_download_arguments = private(
     "peft:PeftConfig._split_kwargs", "to find the arguments of a Hub download among those of `from_pretrained`"
+)
+current_graph_task = private("torch._C:_current_graph_task_id", "to tell whether a backward pass runs a layer again")
+active_ddp_module = private(
+    "torch.nn.parallel:DistributedDataParallel._get_active_ddp_module", "to refuse reentrant checkpointing under DDP"
 )
 # Methods that are overridden. If PEFT renamed one, it would call its own method and not ours.
 for hook, purpose in {

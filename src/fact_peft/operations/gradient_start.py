@@ -20,8 +20,7 @@ from ..method.gradient_sketch import GradientSketch, random_orthonormal
 from ..method.tensorization import Slices
 from ..tuner.factors import FacTStack
 from ..tuner.layer import FacTLinear
-from ..tuner.merging import is_merged
-from ..tuner.removal import own_stacks
+from ..tuner.lifecycle import is_merged, own_stacks
 
 Loss = Callable[[nn.Module, Any], Tensor]
 PASSES = 2  # over the batches: with random directions, and with those found

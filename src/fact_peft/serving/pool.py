@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
 from ..method.fused_linear import autocast_dtype
-from ..tuner.batch_axis import check_batch_axis
+from ..tuner.adapter_names import check_batch_axis
 from ..tuner.mixed_batch import BASE, calling_with
 from .adapter_cache import AdapterCache
 from .pooled_adapter import PooledAdapter

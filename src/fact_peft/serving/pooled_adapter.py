@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..method.decomposition import DECOMPOSITIONS, Decomposition, increment_norms
-from ..method.per_image import FactorBank, reordered
+from ..method.fused_linear import FactorBank, reordered
 from ..method.tensorization import Slices, slices_of
 
 Shape = tuple[int, ...]

@@ -14,10 +14,9 @@ from ..adapter.adapter import Adapter
 from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers, named_labels
 from ..architecture.linears import find_linears
-from ..method.per_image import FactorBank, joined, of_images
+from ..method.fused_linear import FactorBank, joined, of_images
 from ..method.tensorization import Slices, block_of, stack_sizes, tensorize
-from ..tuner.mixed_batch import MixedBatch, current_batch
-from ..tuner.per_image_weight import PerImageWeight
+from ..tuner.mixed_batch import MixedBatch, PerImageWeight, current_batch
 from ..upstream import AuxiliaryTrainingWrapper
 from .pooled_adapter import AdapterSpec, PooledAdapter, StackedAdapters, to_vector
 
