@@ -20,7 +20,7 @@ from ..architecture.multihead import close_attentions, open_attentions
 from ..method.tensorization import stack_sizes
 from .adapter_names import using_adapters
 from .combination import sum_of_model
-from .factors import FacTLayer, SharedFactors, ordinary_tensors
+from .factors import FacTLayer, SharedFactors, ordinary_tensors, remove_factors
 from .head import FacTHead, adopt_heads
 from .layer import FacTLinear
 from .loading import checked_state_dict, stored_state_dict
@@ -28,6 +28,7 @@ from .merging import check_mergeable, is_merged
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
 from .removal import activate, adapter_config, forget, own_stacks, undo_awaiting, undone_on_failure
+from .saved_alone import announce
 
 
 class FacTModel(BaseTuner):
@@ -137,6 +138,7 @@ class FacTModel(BaseTuner):
         slices = peft_config.slices[current_key]
         if not hasattr(self.model, FACTORS):
             setattr(self.model, FACTORS, SharedFactors())
+            getattr(self.model, FACTORS).hook = self.model.register_state_dict_pre_hook(announce)
         stack = getattr(self.model, FACTORS).stack_for(slices)
         if adapter_name not in stack.fact_U:
             stack.add_adapter(adapter_name, peft_config, stack_sizes(peft_config.slices.values())[slices.stack])
@@ -238,8 +240,7 @@ class FacTModel(BaseTuner):
         if merge:
             check_mergeable(self.model, adapter_names, safe_merge)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if hasattr(self.model, FACTORS):
-            delattr(self.model, FACTORS)
+        remove_factors(self.model)
         close_attentions(self.model)
         return self.model
 

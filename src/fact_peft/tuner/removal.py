@@ -14,7 +14,7 @@ from ..adapter.validation import FACTORS
 from ..architecture.linears import replace_everywhere
 from ..architecture.multihead import close_attentions
 from ..upstream import ModulesToSaveWrapper, activate_heads
-from .factors import FacTLayer, FacTStack, SharedFactors
+from .factors import FacTLayer, FacTStack, SharedFactors, remove_factors
 from .head import FacTHead
 from .layer import FacTLinear
 
@@ -71,8 +71,8 @@ def discard(model: nn.Module, adapter_name: str) -> None:
         elif isinstance(module, FacTHead) and not module.modules_to_save:
             replacements[module] = module.original_module
     replace_everywhere(base, replacements)
-    if isinstance(getattr(base, FACTORS, None), SharedFactors) and not getattr(base, FACTORS):
-        delattr(base, FACTORS)
+    if not own_factors(base):
+        remove_factors(base)
     if not any(isinstance(module, FacTLinear) for module in base.modules()):
         close_attentions(base)
 
