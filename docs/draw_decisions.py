@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 FILE = Path(__file__).parent / "pictures" / "decisions.png"
 DECISIONS = {
     "Which method?": [
-        ("up to 16 images per class", "BitFit or LoRA r=1"),
-        ("many labels, a model per task", "full fine-tuning"),
+        ("4 to 16 images per class", "BitFit or LoRA r=1"),
+        ("many similar classes, any file size", "LoRA r=8"),
         ("everything else", "FacT"),
     ],
     "Which rank?": [

@@ -1,6 +1,6 @@
-"""Checkpoints of an adapter in training, under every launcher of accelerate: what is trained, and no frozen weights.
+"""Training checkpoints that hold the trained weights and no frozen ones, under every launcher of accelerate.
 
-accelerator.save_state would write the whole backbone with each. All functions are to be called on all ranks.
+accelerator.save_state would write the whole backbone into each checkpoint. Call all functions on all ranks.
 """
 
 import shutil
@@ -17,12 +17,12 @@ TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_fr
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
-    """DeepSpeed has sharded the optimizer in its own way, which only its own functions can save."""
+    """Whether DeepSpeed shards the optimizer. Only its own functions can save what it shards."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def trained_weights(accelerator: Accelerator, model: Any) -> dict[str, Tensor]:
-    """Factors and head by name, whole and in float32, at least on the main process."""
+    """Factors and head by name, unsharded and in float32; other ranks than the main process may get less."""
     if not uses_deepspeed(accelerator):
         return dcp.get_model_state_dict(model, options=TRAINED)
     from deepspeed.utils import safe_get_full_fp32_param
@@ -32,7 +32,7 @@ def trained_weights(accelerator: Accelerator, model: Any) -> dict[str, Tensor]:
 
 
 def save_checkpoint(folder: Path, accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any) -> None:
-    """Write into ``<folder>.part``, renamed once it is whole, so that one cut off is never taken for a checkpoint."""
+    """Write into ``<folder>.part`` and rename it at the end, so that every ``<folder>`` is a complete checkpoint."""
     part = folder.with_suffix(".part")
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
@@ -52,7 +52,7 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, model: Any, optimize
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any) -> None:
-    """Put everything back, under the launcher and the number of processes that saved it."""
+    """Restore a checkpoint, under the launcher and the number of processes that saved it."""
     if uses_deepspeed(accelerator):
         model.load_checkpoint(folder, "deepspeed", load_module_strict=False)
     else:
@@ -68,5 +68,5 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model: Any, optimize
 
 
 def last_epoch(folder: Path) -> int:
-    """The epoch of the last whole ``checkpoint-<epoch>`` in `folder`; 0 if there is none."""
+    """The epoch of the last complete ``checkpoint-<epoch>`` in `folder`; 0 if there is none."""
     return max((int(file.name.rpartition("-")[2]) for file in folder.glob("checkpoint-*[0-9]")), default=0)

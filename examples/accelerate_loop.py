@@ -1,10 +1,10 @@
-"""A training loop of one's own with accelerate: FacT on a vision transformer, in one process or under any launcher.
+"""A custom training loop with accelerate: FacT on a vision transformer, in one process or under any launcher.
 
     python examples/accelerate_loop.py
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/accelerate_loop.py
 
-The data are scikit-learn's digits; the model, unless --model names one, a tiny untrained ViT. Started again, it goes on
-after the last whole checkpoint. The first command takes 22 s of processor time and ends with
+The data are scikit-learn's digits. The model is a tiny untrained ViT, unless --model names another. A script that is
+started again continues after the last complete checkpoint. The first command takes 22 s of CPU time and ends with
 
     epoch 10: validation accuracy 89.2%
 """
@@ -50,9 +50,9 @@ accelerator.wait_for_everyone()
 model = AutoModelForImageClassification.from_pretrained(base, num_labels=10, ignore_mismatched_sizes=True)
 set_seed(0)  # the factors start equal on all ranks
 config = FacTConfig(rank=8, decomposition=args.decomposition)
-# DeepSpeed keeps float32 copies itself, and ZeRO-3 wants factors and head in one type: that of the loaded model.
+# DeepSpeed keeps float32 copies itself, and ZeRO-3 needs factors and head in the data type of the loaded model.
 model = get_peft_model(model, config, autocast_adapter_dtype=accelerator.distributed_type != DistributedType.DEEPSPEED)
-# accelerate 1.15 makes the patch embedding an FSDP2 unit of its own, which cannot lie inside another one.
+# accelerate 1.15 makes the patch embedding an FSDP2 unit of its own, which cannot be inside another one.
 model._no_split_modules = [name for name in model._no_split_modules if not name.endswith("Embeddings")]
 if args.gradient_checkpointing:
     model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant fails under DDP and ZeRO
@@ -64,11 +64,11 @@ train_data, val_data = random_split(data, [1500, len(data) - 1500], torch.Genera
 batch_size = args.batch_size // accelerator.num_processes
 train_loader = DataLoader(train_data, batch_size, shuffle=True, drop_last=True)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3, weight_decay=1e-4)
-scheduler = constant_with_warmup(optimizer, len(train_loader))  # accelerate takes a step of it for every process
+scheduler = constant_with_warmup(optimizer, len(train_loader))  # accelerate steps it once for every process
 model, optimizer, scheduler, train_loader, val_loader = accelerator.prepare(
     model, optimizer, scheduler, train_loader, DataLoader(val_data, batch_size)
 )
-dtype = next(model.parameters()).dtype  # bfloat16 under DeepSpeed's mixed precision, which leaves images as they are
+dtype = next(model.parameters()).dtype  # bfloat16 under DeepSpeed's mixed precision, which does not convert images
 
 done = last_epoch(args.output_dir)
 if done:

@@ -1,4 +1,4 @@
-"""What the scripts do before anything else: read the command line, and connect the processes of a launcher."""
+"""The first steps of every script: read the command line, and connect the processes of a launcher."""
 
 import os
 import sys
@@ -13,19 +13,19 @@ WITHOUT_GPU = "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2"
 
 
 def flag(default: Any, text: str, *choices: Any) -> Any:
-    """A field of a dataclass of arguments, with its help and, if there are any, the values it may take."""
+    """A dataclass field with a default, a help text and, if there are any, the allowed values."""
     return field(default=default, metadata={"help": text, **({"choices": list(choices)} if choices else {})})
 
 
 def parse(*classes: type, defaults: dict[str, Any] | None = None) -> tuple[Any, ...]:
-    """An instance of every dataclass, from the command line.
+    """Read the command line into an instance of each dataclass.
 
     Args:
         classes: Dataclasses, one flag per field.
         defaults: Values that replace those of the classes.
 
     Raises:
-        SystemExit: If a flag is unknown; the message names the nearest.
+        SystemExit: If a flag is unknown. The message names the most similar flag.
     """
     parser = HfArgumentParser(classes, allow_abbrev=False)  # type: ignore[arg-type]
     parser.set_defaults(**defaults or {})
@@ -39,9 +39,9 @@ def parse(*classes: type, defaults: dict[str, Any] | None = None) -> tuple[Any, 
 
 
 def connect_processes() -> None:
-    """Have several processes of a launcher train together on a machine without a GPU, over gloo.
+    """Let the processes of a launcher train together, over gloo, on a machine without a GPU.
 
-    accelerate connects processes without a GPU only if it is told to use the CPU; else each would train alone.
+    accelerate connects processes without a GPU only if it is told to use the CPU. Otherwise each would train alone.
 
     Raises:
         SystemExit: If the launcher asks for FSDP or DeepSpeed, which accelerate runs on GPUs only.
@@ -58,7 +58,7 @@ def connect_processes() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "1"
     elif os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":  # as `accelerate launch` writes it
         print(
-            "`accelerate launch --cpu` has started one process, which is all it does, whatever --num_processes says. "
+            "`accelerate launch --cpu` has started one process, as it always does, whatever --num_processes says. "
             f"For two processes: {WITHOUT_GPU} {sys.argv[0]} ...",
             file=sys.stderr,
         )

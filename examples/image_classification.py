@@ -1,4 +1,4 @@
-"""Fine-tune an image classifier with FacT: transformers' Trainer, any model, any dataset, one GPU or many.
+"""Fine-tune any image classifier on any dataset with FacT and transformers' Trainer, on one GPU or many.
 
     python examples/image_classification.py
     python examples/image_classification.py --model google/vit-base-patch16-224-in21k --dataset AI-Lab-Makerere/beans
@@ -7,18 +7,18 @@
     python examples/image_classification.py --model M --dataset D --paper --scales 0.01 0.1 1 10 100
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/image_classification.py --model M --dataset D
 
-The defaults are those of `FacTConfig()`, with AdamW at 0.8 / width and cosine decay after a tenth of warm-up, and
-training images are cropped and flipped at random. --paper is the paper's recipe instead. Every option of transformers'
-TrainingArguments works: --bf16, --gradient_checkpointing, --label_smoothing_factor, --push_to_hub ... A column of lists
-of labels makes a multi-label classifier.
+The defaults are those of `FacTConfig()`, with AdamW at a learning rate of 0.8 / width, warm-up over a tenth of the
+steps, and cosine decay. Training images are cropped and flipped at random. --paper selects the paper's recipe instead.
+Every option of transformers' TrainingArguments works: --bf16, --gradient_checkpointing, --label_smoothing_factor,
+--push_to_hub and others. If the label column holds lists, a multi-label classifier is trained.
 
-The checkpoint with the best validation accuracy, or --metric_for_best_model, is kept; the test split, if there is one,
-is looked at once, at the end. The output folder then holds the adapter with head, labels and image processor, which
+The checkpoint with the best validation accuracy, or --metric_for_best_model, is kept. The test split, if there is one,
+is used once, at the end. The output folder then holds the adapter with head, labels and image processor, which
 ``fact_peft.load_image_classifier`` loads in one call, a model card, report.txt with precision and recall per class,
-confusion.csv, and picture.png with the curves and the confusion matrix. An interrupted run continues from its last
-whole checkpoint when it is started again.
+confusion.csv, and picture.png with the curves and the confusion matrix. An interrupted run that is started again
+continues from its last complete checkpoint.
 
-Without arguments it adapts a small ViT, pretrained on upright handwritten digits, to inverted and rotated ones. In
+Without arguments it adapts a small ViT, pretrained on upright handwritten digits, to inverted and rotated digits. In
 50 s of CPU time (torch 2.14, transformers 5.23, peft 0.21) it prints, after the log of every epoch,
 
     validation accuracy 90.0 %
@@ -26,10 +26,10 @@ Without arguments it adapts a small ViT, pretrained on upright handwritten digit
     test macro_f1 89.3 %
     saved in outputs/image_classification: README.md, adapter_config.json, adapter_model.safetensors, ...
 
-With --paper the validation accuracy is 85.0 % (of 80 images) and the test accuracy 86.3 %, one seed each.
+With --paper the validation accuracy is 85.0 % (80 images) and the test accuracy 86.3 %, with one seed.
 """
 
-# ruff: noqa: RUF009  # flag() is made for the defaults of fields
+# ruff: noqa: RUF009 (`flag` makes a dataclass field)
 
 import copy
 import shutil
@@ -63,7 +63,7 @@ from fact_peft import FacTConfig, StraightThroughCallback
 # The paper's recipe, in place of the defaults below.
 PAPER: dict[str, Any] = {"rank": 8, "init": "paper", "learning_rate": 1e-3, "augment": "none"}
 PAPER |= {"fact_dropout": 0.1, "drop_path": 0.1}
-# What a checkpoint depends on, with the data, the global batch size, and the arguments but for those in AFTERWARDS.
+# A checkpoint depends on these, the data, the global batch size, and all arguments except those in AFTERWARDS.
 RECIPE_FIELDS = (
     *("num_train_epochs", "max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps"),
     *("label_smoothing_factor", "bf16", "fp16", "seed"),
@@ -145,7 +145,7 @@ def make_config(args: Arguments, scale: float | None) -> FacTConfig:
 
 
 def check_arguments(args: Arguments, training: Recipe) -> None:
-    """Refuse at the start what would fail at the end.
+    """Check at the start what would otherwise fail at the end.
 
     Raises:
         SystemExit: If two arguments contradict each other.
@@ -163,7 +163,7 @@ def check_arguments(args: Arguments, training: Recipe) -> None:
 
 
 def rate_of_width(model: str) -> float:
-    """0.8 / width, the learning rate that goes with the scale of 32 / rank."""
+    """0.8 / width, the learning rate for the default scale of 32 / rank."""
     config = AutoConfig.from_pretrained(model)
     width = getattr(getattr(config, "vision_config", config), "hidden_size", None)
     if width is None:
@@ -180,19 +180,19 @@ def make_model(args: Arguments, config: FacTConfig, task: Task, seed: int) -> Pe
         label2id={label: index for index, label in enumerate(task.labels)},
         problem_type="multi_label_classification" if task.several else "single_label_classification",
         ignore_mismatched_sizes=True,
-        dtype=torch.float32,  # mixed precision is autocast's work
+        dtype=torch.float32,  # autocast does the mixed precision
         **({"drop_path_rate": args.drop_path} if drop_path else {}),
     )
-    set_seed(seed)  # the factors start equal on all ranks, whatever the launcher did to load the backbone
-    # Under ZeRO-3 with bf16 the head is bfloat16 by now, and DeepSpeed wants factors and head in one type.
+    set_seed(seed)  # the factors start equal on all ranks, however the launcher loaded the backbone
+    # Under ZeRO-3 with bf16 the head is bfloat16 by now, and DeepSpeed needs factors and head in one data type.
     model = get_peft_model(backbone, config, autocast_adapter_dtype=False)
-    # accelerate 1.15 makes the patch embedding an FSDP2 unit of its own, which cannot lie inside another one.
+    # accelerate 1.15 makes the patch embedding an FSDP2 unit of its own, which cannot be inside another one.
     model._no_split_modules = [name for name in model._no_split_modules or [] if not name.endswith("Embeddings")]
     return model
 
 
 def fit(args: Arguments, training: Recipe, config: FacTConfig, task: Task) -> ImageTrainer:
-    """Train with one scale, or go on with it; the model is then the one of the best epoch."""
+    """Train with one scale, or resume such a run. The trainer then has the model of the best epoch."""
     setting = {
         **{name: value for name, value in asdict(args).items() if name not in AFTERWARDS},
         "rounded": [args.storage, args.head_storage] if args.straight_through else None,
@@ -209,7 +209,7 @@ def fit(args: Arguments, training: Recipe, config: FacTConfig, task: Task) -> Im
         callbacks.append(StraightThroughCallback(args.storage, args.head_storage, args.straight_through))
     if args.early_stopping:
         callbacks.append(EarlyStoppingCallback(args.early_stopping))
-    set_seed(training.seed)  # the head starts the same whatever was drawn before
+    set_seed(training.seed)  # the head starts the same, whatever random numbers were drawn before
     trainer = ImageTrainer(
         make_model(args, config, task, training.seed),
         training,
@@ -228,11 +228,11 @@ def fit(args: Arguments, training: Recipe, config: FacTConfig, task: Task) -> Im
 
 
 def save(trainer: ImageTrainer, args: Arguments, folder: Path, metrics: dict[str, float], push: bool) -> None:
-    """Save the classifier with its card, and push it; called by all processes, which may each hold a part of it."""
+    """Save the classifier with its card, and push it. Call this in all processes, since each may hold a part."""
     whole = folder / "whole"
     trainer.save_model(str(whole))
     if trainer.is_world_process_zero():
-        unset_hf_deepspeed_config()  # else ZeRO-3 would spread the model that is loaded here
+        unset_hf_deepspeed_config()  # otherwise ZeRO-3 would shard the model that is loaded here
         processor = AutoImageProcessor.from_pretrained(args.model)
         how = {"metrics": metrics, "storage": args.storage, "head_storage": args.head_storage}
         model, _ = fact_peft.load_image_classifier(whole)
@@ -249,7 +249,7 @@ def main() -> None:
     connect_processes()
     args, training = parse(Arguments, Recipe, defaults=PAPER if "--paper" in sys.argv else None)
     check_arguments(args, training)
-    push, training.push_to_hub = training.push_to_hub, False  # the finished adapter, not every checkpoint
+    push, training.push_to_hub = training.push_to_hub, False  # push the finished adapter, not every checkpoint
     folder = Path(training.output_dir)
     set_seed(training.seed)
     if args.dataset is None:
@@ -281,7 +281,7 @@ def main() -> None:
             print(f"{tried}validation {metric} {percent(metric, score)}")
         runs.append((score, trainer))
     score, best = (max if training.greater_is_better else min)(runs, key=lambda run: run[0])
-    if args.storage and not (best.is_fsdp_enabled or best.is_deepspeed_enabled):  # whose processes hold parts
+    if args.storage and not (best.is_fsdp_enabled or best.is_deepspeed_enabled):  # they shard it
         fact_peft.quantize_adapter(best.model, args.storage, args.head_storage)
     split = "test" if "test" in task.splits else "validation"
     prediction = best.predict(task.splits[split], metric_key_prefix=split)

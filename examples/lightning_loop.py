@@ -1,11 +1,12 @@
-"""FacT in Lightning: checkpoints that hold the adapter and nothing of the backbone, and resuming from them.
+"""FacT in Lightning, with checkpoints that hold the adapter without the backbone, and resuming from them.
 
     pip install lightning
     python examples/lightning_loop.py
     python examples/lightning_loop.py --epochs 20 --resume outputs/lightning_loop/last.ckpt
 
-The data are scikit-learn's digits, the backbone a tiny untrained ViT. Lightning saves what the module's state_dict has,
-so `AdapterModule.on_save_checkpoint` keeps the trained tensors only; `strict_loading = False` lets Lightning load them.
+The data are scikit-learn's digits. The backbone is a tiny untrained ViT. Lightning saves the whole state_dict of the
+module, so `AdapterModule.on_save_checkpoint` removes the frozen weights; `strict_loading = False` lets Lightning load
+the rest.
 """
 
 import argparse
@@ -28,12 +29,12 @@ class AdapterModule(LightningModule):
 
     Args:
         model: A PEFT model of an image classifier.
-        learning_rate: Of AdamW.
+        learning_rate: The learning rate of AdamW.
     """
 
     def __init__(self, model: PeftModel, learning_rate: float) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["model"])  # else the backbone is pickled into every checkpoint
+        self.save_hyperparameters(ignore=["model"])  # otherwise the backbone is pickled into every checkpoint
         self.strict_loading = False  # a checkpoint has no frozen weights
         self.model = model
 

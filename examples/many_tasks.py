@@ -1,13 +1,14 @@
-"""Eight tasks with few labels each, trained at once on one frozen vision transformer: a few images of each in a batch.
+"""Train adapters for eight tasks at once on one frozen vision transformer, with images of all tasks in every batch.
 
     python examples/many_tasks.py
 
 needs no network and no GPU. It pretrains a small ViT on scikit-learn's digits (8x8 pixels, light on dark, upright). The
-tasks are other digits, dark on light, in each of the eight ways to turn and mirror a square, 20 labels per class; each
-has an adapter and a head. A step is one pass over a batch with 4 images of each task, whose `adapter_names` say which
-image is whose. The loss is the sum of the tasks' losses, so every adapter gets the gradient it would get alone
-(tests/test_many_tasks.py), and AdamW moves each number by its own gradient: to rounding, these are eight runs. Then the
-eight runs are made in turn, on the same batches. On a busy CPU (torch 2.15, transformers 5.23, peft 0.21) it prints
+tasks are other digits, dark on light, in each of the eight ways to turn and mirror a square, with 20 labels per class.
+Each task has an adapter and a head. A step is one pass over a batch with 4 images of each task, and `adapter_names`
+says which task an image belongs to. The loss is the sum of the tasks' losses, so every adapter gets the gradient that
+it would get alone (tests/test_many_tasks.py). AdamW updates each number by its own gradient, so the result is that of
+eight separate runs up to rounding. The script then makes the eight runs one after the other, on the same batches. On a
+busy CPU (torch 2.15, transformers 5.23, peft 0.21) it prints
 
     Pretrained on 900 digits. Accuracy on 697 others: 96.8 % upright, 9.0 % inverted and rotated.
     Accuracy on 697 test images of each task:
@@ -22,14 +23,13 @@ eight runs are made in turn, on the same batches. On a busy CPU (torch 2.15, tra
     mirrored270    4.0    84.9    85.2
     Seconds of training: at once 16.8, in turn 81.3
 
-and less of both on an idle one. A model this small spends its time on calls; benchmarks/many_adapters has a larger one.
-With --learning_rate 2e-2 --epochs 10 training is so rough that rounding makes for another end: 10 and 18, 27 and 24.
+Both times are shorter on an idle CPU. A model this small spends its time on calls; benchmarks/many_adapters measures a
+larger one. With --learning_rate 2e-2 --epochs 10 training is so unstable that rounding changes the result: in two tasks
+the accuracies at once and in turn are 10 and 18, and 27 and 24.
 
-`adapter_names` wants evaluation mode, so there is no dropout. Heads of different sizes give a list of logits, an image
-each, and the losses have to be taken task by task.
+`adapter_names` needs evaluation mode, so there is no dropout. Heads of different sizes give a list of logits, one entry
+per image, and the loss of each task has to be computed separately.
 """
-
-# flag() is made for the defaults of fields
 
 import copy
 import time
@@ -49,7 +49,7 @@ from transformers.utils import logging
 
 from fact_peft import FacTConfig
 
-# How often a task's images are turned by 90 degrees, and whether they are mirrored then.
+# For each task, how often its images are turned by 90 degrees, and whether they are mirrored afterwards.
 TASKS = {
     f"{side}{90 * quarters}": (quarters, side == "mirrored") for side in ("turned", "mirrored") for quarters in range(4)
 }
@@ -94,8 +94,8 @@ def sum_of_losses(model: PeftModel, tasks: Sequence[str], images: Tensor, labels
     """The sum of the tasks' mean losses, from one pass.
 
     Args:
-        model: With an adapter for each of the tasks.
-        tasks: Their names.
+        model: The model, with an adapter for each task.
+        tasks: Names of the tasks.
         images: (tasks, images of each, channels, height, width).
         labels: (tasks, images of each).
     """
@@ -105,7 +105,7 @@ def sum_of_losses(model: PeftModel, tasks: Sequence[str], images: Tensor, labels
 
 
 def train(model: PeftModel, tasks: Sequence[str], images: Tensor, labels: Tensor, args: Arguments) -> None:
-    """AdamW on the adapters of all `tasks`, one step for a batch of each; images and labels as in `sum_of_losses`."""
+    """Train the adapters of all `tasks` with AdamW. Images and labels have the shapes of `sum_of_losses`."""
     trained = [parameter for task in tasks for parameter in parameters(model, task)]
     for parameter in trained:
         parameter.requires_grad_(True)  # PEFT trains the active adapter only
@@ -126,7 +126,7 @@ def train(model: PeftModel, tasks: Sequence[str], images: Tensor, labels: Tensor
 
 
 def accuracies(model: PeftModel, task: Task) -> dict[str, float]:
-    """Of every adapter on the test images as its task sees them."""
+    """Accuracy of every adapter on the test images of its task."""
     found = {}
     for name in TASKS:
         model.set_adapter(name)

@@ -3,11 +3,11 @@
     python examples/quickstart.py
 
 needs no network and no GPU. It pretrains a small ViT on 900 of scikit-learn's handwritten digits (8x8 pixels, light on
-dark, upright), then adapts it to a shifted task: other digits, dark on light and rotated by 90 degrees, of which 20 per
-class are labelled. Every method trains a fresh head for the same number of steps and takes its learning rate from the
-same grid, by accuracy on 20 further images per class with the first seed; LoRA and FacT have their default ranks, 8 and
-16. The test images belong to none of these. In 75 to 115 s on two CPU cores (torch 2.15, transformers 5.23, peft 0.21)
-it prints
+dark, upright), then adapts it to a shifted task: other digits, dark on light and rotated by 90 degrees, with 20
+labelled images per class. Every method trains a fresh head for the same number of steps. Its learning rate is chosen
+from the same grid, by accuracy on 20 further images per class with the first seed. LoRA and FacT have their default
+ranks, 8 and 16. The test images are separate from all of these. In 75 to 115 s on two CPU cores (torch 2.15,
+transformers 5.23, peft 0.21) it prints
 
     Pretrained on 900 digits. Accuracy on 497 others: 96.6 % upright, 8.7 % inverted and rotated.
     Adapting to 10 classes with 20 labels each. Accuracy on 497 test images, mean (min-max) over seeds 0, 1, 2:
@@ -21,15 +21,16 @@ it prints
     reloaded: largest difference of logits 0.0e+00, all predicted labels equal: True
       merged: largest difference of logits 1.9e-06, all predicted labels equal: True
 
-Bytes include the head. With --seeds 3 4 5, 6 7 8 and 9 10 11, which also pretrain and split anew, the means were:
-linear-probe 67-73, full-tuning 83-91, LoRA 85-89, FacT-TT 85-89, FacT-TK 85-91. LoRA of about FacT-TK's size (--rank 1,
-4,608 parameters) reached 85.3 with seeds 0, 1, 2. The task is a toy: logistic regression trained to the end reaches
-about 80 on the frozen features, but 90-95 on the bare pixels, to which rotating and inverting mean nothing.
+Bytes include the head. Other seeds also change pretraining and the split. With --seeds 3 4 5, 6 7 8 and 9 10 11 the
+means were: linear-probe 67-73, full-tuning 83-91, LoRA 85-89, FacT-TT 85-89, FacT-TK 85-91. LoRA of about the size of
+FacT-TK (--rank 1, 4,608 parameters) reached 85.3 with seeds 0, 1, 2. The task is a toy: logistic regression trained
+until it converges reaches about 80 on the frozen features, but 90-95 on the pixels, where rotation and inversion make
+no difference.
 
 With --init gradients the factors start from the gradients of the task (`initialize_from_gradients`).
 
-With a model and a dataset from the Hub or a folder there is no pretraining. Any transformers model will do whose head
-is one linear layer `classifier`; large ones want smaller learning rates (--learning_rates 1e-4 1e-3 1e-2):
+With a model and a dataset from the Hub or a folder there is no pretraining. The model can be any of transformers whose
+head is one linear layer `classifier`. Large models need smaller learning rates (--learning_rates 1e-4 1e-3 1e-2):
 
     python examples/quickstart.py --model google/vit-base-patch16-224-in21k --dataset AI-Lab-Makerere/beans
     python examples/quickstart.py --model path/to/vit --dataset imagefolder --data_dir path/to/images
@@ -102,9 +103,9 @@ class Arguments:
 
 
 class Task(NamedTuple):
-    """Images as the model wants them, (N, channels, height, width), and their labels, (N,).
+    """Preprocessed images (N, channels, height, width) and their labels (N,).
 
-    Every seed divides the first pair anew into training and validation images; the second is only tested on.
+    Every seed splits the first pair into training and validation images in its own way. The second pair is for testing.
     """
 
     images: Tensor
@@ -115,14 +116,14 @@ class Task(NamedTuple):
 
 
 def pick_per_class(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Indices of `count` random images of every class, and of all other images."""
+    """Indices of `count` random images per class, and of all other images."""
     order = torch.randperm(len(labels))
     picked = torch.cat([order[labels[order] == label][:count] for label in labels.unique()])
     return picked, order[~torch.isin(order, picked)]
 
 
 def digits(num_per_class: int) -> tuple[Tensor, Tensor, Task]:
-    """Upright digits to pretrain on, their labels, and the shifted task, made of other digits."""
+    """Upright digits to pretrain on, their labels, and the shifted task, which has other digits."""
     pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images = pixels.float().view(-1, 1, 8, 8) / 8 - 1
     order = torch.randperm(len(labels))
@@ -134,7 +135,7 @@ def digits(num_per_class: int) -> tuple[Tensor, Tensor, Task]:
 
 
 def pretrain(images: Tensor, labels: Tensor, task: Task, args: Arguments, folder: Path) -> None:
-    """Train a small ViT from scratch and save it, so that it is loaded like any other."""
+    """Train a small ViT from scratch and save it, so that it can be loaded like any other model."""
     config = ViTConfig(
         image_size=8,
         patch_size=4,
@@ -158,7 +159,7 @@ def pretrain(images: Tensor, labels: Tensor, task: Task, args: Arguments, folder
 
 
 def read_dataset(args: Arguments) -> Task:
-    """A few images per class of the training split, and the test split, through the model's image processor."""
+    """A few images per class of the training split, and the test split, preprocessed for the model."""
     splits = load_dataset(args.dataset, data_dir=args.data_dir)
     features = splits["train"].features
     images = [name for name, feature in features.items() if isinstance(feature, Image) or name in ("image", "img")]
@@ -195,7 +196,7 @@ def load_backbone(args: Arguments, task: Task) -> PreTrainedModel:
 
 
 def adapt(backbone: PreTrainedModel, method: str, rank: int | None) -> Model:
-    """A copy of the backbone with a fresh head, where the head and what the method adapts are trainable."""
+    """A copy of the backbone with a fresh head. The head and what the method adapts are trainable."""
     model = copy.deepcopy(backbone)
     model.classifier.reset_parameters()
     if method == "linear-probe":
@@ -203,7 +204,7 @@ def adapt(backbone: PreTrainedModel, method: str, rank: int | None) -> Model:
         model.classifier.requires_grad_(True)
     elif method == "LoRA":
         rank = LoraConfig().r if rank is None else rank
-        # On the layers that FacT finds by itself, at a scale of 1.
+        # LoRA adapts the layers that FacT finds by itself, at a scale of 1.
         layers = get_peft_model(copy.deepcopy(model), FacTConfig(rank=1)).peft_config["default"].target_modules
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, modules_to_save=["classifier"])
         model = get_peft_model(model, config)
@@ -216,7 +217,7 @@ def adapt(backbone: PreTrainedModel, method: str, rank: int | None) -> Model:
 def train(
     model: Model, images: Tensor, labels: Tensor, learning_rate: float, epochs: int, batch_size: int, title: str
 ) -> None:
-    """AdamW on whatever is trainable, with linear warm-up over a tenth of the steps and cosine decay."""
+    """Train the trainable parameters with AdamW, linear warm-up over a tenth of the steps, and cosine decay."""
     num_steps = epochs * math.ceil(len(labels) / batch_size)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps)
@@ -239,14 +240,14 @@ def predict(model: Model, images: Tensor) -> Tensor:
 
 
 def accuracy(model: Model, images: Tensor, labels: Tensor) -> float:
-    """Per cent of `images` whose largest logit is that of their label."""
+    """Accuracy in per cent."""
     return 100 * (predict(model, images).argmax(-1) == labels).float().mean().item()
 
 
 def run(
     backbone: PreTrainedModel, task: Task, method: str, learning_rate: float, seed: int, args: Arguments
 ) -> tuple[Model, float]:
-    """Adapt a copy of the backbone; returns it with its validation accuracy."""
+    """Adapt a copy of the backbone; return it with its validation accuracy."""
     set_seed(seed)
     few, val = pick_per_class(task.labels, args.train_per_class)
     model = adapt(backbone, method, args.rank)
@@ -260,14 +261,14 @@ def run(
 
 
 def save(model: Model, folder: Path) -> int:
-    """Save what was trained, the head included and nothing else; returns the bytes of its safetensors."""
+    """Save the trained parameters, the head included, and return the bytes of the safetensors files."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.save_pretrained(folder, **({} if isinstance(model, PeftModel) else {"state_dict": trained}))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def compare(backbone: PreTrainedModel, task: Task, args: Arguments, folder: Path) -> dict[str, Model]:
-    """Print one row per method; returns the models of the last seed, saved below `folder`."""
+    """Print one row per method; save the models of the last seed below `folder` and return them."""
     num_head = sum(parameter.numel() for parameter in backbone.classifier.parameters())
     models, rows = {}, {}
     for method in tqdm(args.methods, "methods", leave=False):
@@ -289,7 +290,7 @@ def compare(backbone: PreTrainedModel, task: Task, args: Arguments, folder: Path
 
 
 def show_agreement(trained: Model, folder: Path, task: Task, args: Arguments) -> None:
-    """Reload a saved adapter into a fresh backbone and merge it: the predictions must stay what they were."""
+    """Compare the predictions of a trained model with those after reloading the adapter and after merging it."""
     expected = predict(trained, task.test_images)
     reloaded = PeftModel.from_pretrained(load_backbone(args, task), folder)
     outputs = {"reloaded": predict(reloaded, task.test_images)}

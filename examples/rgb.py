@@ -1,14 +1,14 @@
-"""Images of any mode as RGB."""
+"""Convert images of any mode to RGB."""
 
 import numpy as np
 from PIL import Image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, 8 bits a channel. The 65,536 greys of a 16-bit image are scaled to 256; Pillow clips them.
+    """The image in RGB with 8 bits per channel. 16-bit greys are scaled to 8 bits, where Pillow would clip them.
 
     Raises:
-        ValueError: If the pixels are floats, or integers outside [0, 65535], whose range is unknown.
+        ValueError: If the range of the pixels is unknown: floats, or integers outside [0, 65535].
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         pixels = np.asarray(image)

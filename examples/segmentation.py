@@ -1,17 +1,17 @@
-"""Adapt SAM, the Segment Anything Model, with FacT: box prompts, any dataset with masks.
+"""Adapt SAM, the Segment Anything Model, with FacT to any dataset with masks, with boxes as prompts.
 
     python examples/segmentation.py
     python examples/segmentation.py --model facebook/sam-vit-base --dataset imagefolder --data_dir cells
 
-A dataset has a column of images and one of masks (--image_column, --mask_column), in which 0 is background and every
-other number one object. Its box is made from the mask; in training it is off by up to a tenth of its sides. Three
-ways are compared: the mask decoder trained in full, FacT in the image encoder, and both. For a large model and images
-of 1024 pixels begin with smaller steps, which was not tried here: --decoder_learning_rate 1e-4 --batch_size 2.
+A dataset has a column of images and one of masks (--image_column, --mask_column). In a mask 0 is background and every
+other number is one object. The box of an object is computed from the mask. In training, the box is shifted at random by
+up to a tenth of its sides. The script compares three methods: the mask decoder trained in full, FacT in the image
+encoder, and both. For a large model and images of 1024 pixels, start with a smaller learning rate and batch, which was
+not tried here: --decoder_learning_rate 1e-4 --batch_size 2.
 
-Without arguments it needs no network and no GPU: it pretrains a tiny SAM on plain shapes, then adapts it to handwritten
-digits on photographs, both from scikit-learn; other digits on the other halves of the photographs are held out.
-In 190 s of CPU time (torch 2.14, transformers 5.23, peft 0.21; five minutes on two cores that had other work) it
-prints
+Without arguments it needs no network and no GPU. It pretrains a tiny SAM on plain shapes, then adapts it to handwritten
+digits on photographs, both from scikit-learn. Other digits on the other halves of the photographs are held out. In
+190 s of CPU time (torch 2.14, transformers 5.23, peft 0.21; five minutes on two busy cores) it prints
 
     Pretrained on 5,000 images of plain shapes. Mean Dice on others: 0.890
     Adapting to 40 images. Mean Dice of the objects in 60 held-out images:
@@ -24,16 +24,14 @@ prints
     reloaded: largest difference of logits 0.0e+00, pixels that differ: 0
       merged: largest difference of logits 7.6e-06, pixels that differ: 0
 
-and draws picture.png: held-out images with their boxes, the true masks, and those found before and after.
-With --learning_rate 2e-2 --decoder_learning_rate 3e-3, on the same pretrained model, Dice is 0.716, 0.553 and 0.749:
-the factors alone do not bear such steps. One seed each.
+and draws picture.png: held-out images with their boxes, the true masks, and the masks found before and after. With
+--learning_rate 2e-2 --decoder_learning_rate 3e-3, on the same pretrained model, Dice is 0.716, 0.553 and 0.749, so this
+learning rate is too high for the factors alone. Each number is from one seed.
 
-The output folder then holds each adapter, the merged model for transformers, and sam.pth, the same under the names of
-segment_anything, for the tools that open such files. Of a SAM ViT-B the factors alone take 86 KB, and a mask decoder
-trained in full 16 MB.
+The output folder then holds each adapter, the merged model for transformers, and sam.pth, the same weights under the
+names of segment_anything, for the tools that open such files. For a SAM ViT-B the factors take 86 KB, and a mask
+decoder trained in full takes 16 MB.
 """
-
-# flag() is made for the defaults of fields
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -85,7 +83,7 @@ class Arguments:
 
 
 def pretrain(folder: Path, args: Arguments, rng: np.random.Generator) -> None:
-    """Train a small SAM from scratch on plain shapes and save it, so that it is loaded like any other."""
+    """Train a small SAM from scratch on plain shapes and save it, so that it can be loaded like any other model."""
     model, processor = tiny_sam()
     recipe = replace(args, learning_rate=1e-3, decoder_learning_rate=1e-3)
     train(model.to(DEVICE), plain_shapes(args.pretraining_images, rng), processor, 1, recipe, "pretraining")
@@ -98,7 +96,7 @@ def pretrain(folder: Path, args: Arguments, rng: np.random.Generator) -> None:
 
 
 def train(model: Model, rows: Rows, processor: SamProcessor, epochs: int, args: Arguments, title: str) -> None:
-    """AdamW on whatever is trainable, with linear warm-up over a tenth of the steps and cosine decay."""
+    """Train the trainable parameters with AdamW, linear warm-up over a tenth of the steps, and cosine decay."""
     batches = DataLoader(rows, args.batch_size, shuffle=True, collate_fn=Batches(processor, args.boxes_per_image))
     factors = [p for name, p in model.named_parameters() if p.requires_grad and ".factors." in name]
     others = [p for name, p in model.named_parameters() if p.requires_grad and ".factors." not in name]
@@ -121,7 +119,7 @@ def train(model: Model, rows: Rows, processor: SamProcessor, epochs: int, args: 
 
 
 def adapt(sam: SamModel, method: str, args: Arguments) -> Model:
-    """A copy of the model in which what the method trains is trainable."""
+    """A copy of the model in which the parameters of the method are trainable."""
     model = copy.deepcopy(sam)
     if method == "decoder":
         model.requires_grad_(False)
@@ -133,7 +131,7 @@ def adapt(sam: SamModel, method: str, args: Arguments) -> Model:
 
 
 def save(model: Model, folder: Path) -> int:
-    """Save what was trained and nothing else; returns the bytes of its safetensors."""
+    """Save the trained parameters and return the bytes of the safetensors files."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.save_pretrained(folder, **({} if isinstance(model, PeftModel) else {"state_dict": trained}))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -142,7 +140,7 @@ def save(model: Model, folder: Path) -> int:
 def compare(
     sam: SamModel, rows: Rows, held_out: Rows, processor: SamProcessor, args: Arguments, folder: Path
 ) -> dict[str, Model]:
-    """Print one row per method; returns the models, saved below `folder`."""
+    """Print one row per method; save the models below `folder` and return them."""
     before = f"{np.mean(dice(sam, held_out, processor)):.3f}"
     models, table = {}, {"before": {"factors": "0", "decoder": "0", "bytes on disk": "0", "Dice": before}}
     for method in tqdm(args.methods, "methods", leave=False):
@@ -161,7 +159,7 @@ def compare(
 
 
 def show_agreement(trained: PeftModel, sam: SamModel, rows: Rows, processor: SamProcessor, folder: Path) -> SamModel:
-    """Reload a saved adapter into a fresh model and merge it: the masks must stay what they were."""
+    """Compare the masks of a trained model with those after reloading the adapter and after merging it."""
     expected = [predict(trained, row, processor) for row in rows]
     model = PeftModel.from_pretrained(copy.deepcopy(sam), folder)
     for state in ("reloaded", "merged"):

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import open_clip
-import timm
+import pytest
 import torch
-import torchvision
 import transformers
 from torch import Tensor, nn
 
@@ -35,6 +33,8 @@ class Architecture:
         full: Settings of the model in full size, if not the defaults.
         no_gradient: Regex for targeted layers that the output of the random model does not depend on; the entry says
             why.
+        needs: Packages that the model wants beside transformers; a test that builds it is skipped without them.
+        full_needs: Those that only the model in full size wants.
     """
 
     model: str
@@ -45,6 +45,8 @@ class Architecture:
     heads: tuple[str, ...] = ()
     full: dict[str, Any] = field(default_factory=dict)
     no_gradient: str = ""
+    needs: tuple[str, ...] = ()
+    full_needs: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
         """The tiny model with random weights, all of them: untrained models have parts that do nothing yet, such as
@@ -57,16 +59,21 @@ class Architecture:
 
     def build_full(self) -> nn.Module:
         """The model in its default size."""
+        for package in self.full_needs:
+            pytest.importorskip(package)
         return self._build(self.full)
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
-        if self.model.startswith("timm/"):
-            return timm.create_model(self.model.removeprefix("timm/"), **settings).eval()
-        if self.model.startswith("torchvision/"):
-            return getattr(torchvision.models, self.model.removeprefix("torchvision/"))(**settings).eval()
-        if self.model.startswith("open_clip/"):
-            return getattr(open_clip.transformer, self.model.removeprefix("open_clip/"))(**settings).eval()
-        model_class = getattr(transformers, self.model)
+        library, _, name = self.model.rpartition("/")
+        if library == "timm":
+            return pytest.importorskip("timm").create_model(name, **settings).eval()
+        if library == "torchvision":
+            return getattr(pytest.importorskip("torchvision").models, name)(**settings).eval()
+        if library == "open_clip":
+            return getattr(pytest.importorskip("open_clip").transformer, name)(**settings).eval()
+        for package in self.needs:
+            pytest.importorskip(package)
+        model_class = getattr(transformers, name)
         return model_class(model_class.config_class(**settings)).eval()
 
 
@@ -480,6 +487,7 @@ VISION = {
         image(),
         r"layers\.\d+\.(attention\.([qkv]|out)_proj|mlp\.fc[12])",
         3 * 6,
+        needs=("scipy",),
     ),
     # The backbone is adapted; pixel decoder and mask decoder, on top of it and narrower, are the head.
     "Mask2Former": Architecture(
@@ -507,6 +515,7 @@ VISION = {
         image(64),
         rf"model\.pixel_level_module\.encoder\.swin\.encoder\.layers\.\d+\.blocks\.\d+\.{VIT_LAYERS}",
         4 * 6,
+        needs=("scipy",),
     ),
     "YOLOS": Architecture(
         "YolosForObjectDetection",
@@ -528,6 +537,7 @@ VISION = {
         r"model\.(en|de)coder\.layers\.\d+\.((self|encoder)_attn\.[qkvo]_proj|mlp\.fc[12])",
         2 * 6 + 2 * 10,
         no_gradient=r"model\.decoder\.layers\.0\.self_attn\.[qkv]_proj",
+        full_needs=("timm",),
     ),
     # Adapted is the vision encoder. The mask decoder is a head, though it has transformer blocks: what a model puts on
     # top of a pretrained encoder, much smaller, and what people train in full (modules_to_save=["mask_decoder"]).
@@ -641,6 +651,7 @@ VISION = {
         2 * 4,
         ("timm_model.head",),
         full={"architecture": "vit_tiny_patch16_224"},
+        needs=("timm",),
     ),
     # Two heads, in a list.
     "timm CrossViT": Architecture(

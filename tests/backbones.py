@@ -1,6 +1,9 @@
 """Tiny backbones of every kind the behaviour suite runs on. The same name always gives the same weights."""
 
-import timm
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -10,6 +13,7 @@ from transformers import (
     SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessor,
 )
 
 NUM_LABELS = 5
@@ -48,6 +52,7 @@ def swin() -> nn.Module:
 
 
 def timm_vit() -> nn.Module:
+    timm = pytest.importorskip("timm")
     return timm.models.VisionTransformer(
         img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=NUM_LABELS
     )
@@ -65,10 +70,28 @@ def images(dtype: torch.dtype = torch.float32, count: int = 3) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(11)).to(dtype)
 
 
+def image_processor(**settings: Any) -> ViTImageProcessor:
+    """For `images`."""
+    pytest.importorskip("PIL")
+    pytest.importorskip("torchvision")
+    return ViTImageProcessor(size={"height": 16, "width": 16}, **settings)
+
+
+def to_int8(model: nn.Module, is_quantized: Callable[[nn.Module, str], bool] | None = None) -> None:
+    """Quantise the linear layers of a model with torchao."""
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), is_quantized)
+
+
 def logits(model: nn.Module, pixels: Tensor) -> Tensor:
     """Class scores (images, labels) of a transformers or timm classifier."""
     output = model(pixels)
     return output if isinstance(output, Tensor) else output.logits
+
+
+def holdings(model: nn.Module) -> list[dict[str, int]]:
+    """How many entries every dictionary of every module has: parameters, hooks, what it keeps by adapter."""
+    return [{key: len(held) for key, held in vars(m).items() if isinstance(held, Mapping)} for m in model.modules()]
 
 
 @torch.no_grad()

@@ -1,24 +1,43 @@
 """Settings of every test process and of the processes that tests start."""
 
+import gc
 import os
 import runpy
 import sys
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 # Two threads on tiny models collapse as soon as anything else runs on the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from forking import Fork, forking
 
 torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
     """What the tests run with, as docs/versions.md lists it."""
-    names = "torch transformers peft accelerate datasets safetensors huggingface_hub timm numpy".split()
-    return "versions: " + ", ".join(f"{name} {version(name)}" for name in names)
+    found = []
+    for name in "torch transformers peft accelerate datasets safetensors huggingface_hub timm numpy".split():
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return "versions: " + ", ".join(found)
+
+
+# A process takes the next file when it has finished one, so the files that take longest come first. Without
+# `--no-loadscope-reorder` in pyproject.toml it would be the files with most tests.
+LONGEST = """
+launchers pages architectures behaviour hub fuzz_verbs image_classification frontier examples exports features
+fuzz_config hostile_files
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    position = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: position.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture
@@ -33,6 +52,22 @@ def run_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
+    """Runs code in a process of its own, which is offline and has not imported fact_peft."""
+    home = tmp_path_factory.mktemp("home")
+    with forking(home, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "cache")}) as fork:
+        yield fork
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_not_searched_for_garbage():
+    """They made a million objects, for which every ``gc.collect()`` of a test would take half a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

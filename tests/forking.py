@@ -13,9 +13,11 @@ HERE = Path(__file__).parent
 # Runs each line of its input, {"code", "name", "folder"}, in a process of its own, which starts with everything
 # imported but fact_peft, and answers with the exit status.
 STEPS = """
-import json, os, sys, traceback
-import timm, transformers.models.vit.modeling_vit, transformers.pipelines, transformers.trainer
+import contextlib, json, os, sys, traceback
+import transformers.models.vit.modeling_vit, transformers.pipelines, transformers.trainer
 import peft, peft.tuners.lora.bnb, torch
+with contextlib.suppress(ImportError):
+    import timm
 
 for line in sys.stdin:
     step = json.loads(line)

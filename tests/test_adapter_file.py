@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from fact_peft import FacTConfig
+from fact_peft import Adapter, FacTConfig, hotswap_adapter
 from fact_peft.method.decomposition import DECOMPOSITIONS
 
 pytestmark = pytest.mark.compatibility
@@ -212,6 +212,30 @@ def test_damaged_files_are_refused_before_the_model_is_touched(damage, message, 
     with pytest.raises(ValueError, match=message):
         model.load_adapter(tmp_path, "other")
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("lost", [["weight", "bias"], ["bias"]])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_adapter_without_its_head_is_refused_before_the_model_is_touched(wrapped, lost, tmp_path):
+    trained = adapted(seed=1)
+    trained.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in lost:
+        del tensors[f"base_model.model.classifier.{name}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    adapter = Adapter.read(tmp_path)
+    model = adapted() if wrapped else make_backbone("vit")
+    state, expected = set(model.state_dict()), scores(model)
+    with pytest.raises(ValueError, match=r"has no classifier\.bias.*adapter\.replace\(modules_to_save=\[\]\)"):
+        adapter.attach(model, "other")
+    if wrapped:
+        with pytest.raises(ValueError, match=r"has no classifier\.bias"):
+            hotswap_adapter(model, adapter)
+    assert set(model.state_dict()) == state and torch.equal(scores(model), expected)
+    if len(lost) == 2:
+        adapter.replace(modules_to_save=[]).attach(model, "other")  # as the message says
+        assert any(".fact_U.other" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize(

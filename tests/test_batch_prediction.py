@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 
 pytest.importorskip("ray.data", reason='Ray is not installed: pip install ".[serving]"')
 
+from PIL import Image
 from served import LABELS, save_adapter, save_backbone
 from transformers import AutoImageProcessor, ViTForImageClassification
 

@@ -1,13 +1,10 @@
 """`python -m fact_peft`: merge and export give what the adapted model computes."""
 
 import pytest
-import timm
 import torch
-from backbones import images, logits, make_backbone
+from backbones import image_processor, images, logits, make_backbone
 from peft import get_peft_model
-from timm.data import resolve_input_data_config
-from timm.models import save_for_hf
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from fact_peft import FacTConfig, save_image_classifier
 
@@ -17,7 +14,7 @@ def classifier(tmp_path_factory):
     """An adapted classifier, and the folder it is saved in; its base lies beside it."""
     root = tmp_path_factory.mktemp("classifier")
     make_backbone("vit").save_pretrained(root / "base")
-    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    processor = image_processor()
     processor.save_pretrained(root / "base")
     torch.manual_seed(0)
     base = AutoModelForImageClassification.from_pretrained(root / "base")
@@ -53,13 +50,14 @@ def test_export_saves_an_onnx_model_for_any_number_of_images(kind, request, tmp_
 @pytest.fixture(scope="module")
 def timm_classifier(tmp_path_factory):
     """As `classifier`, of timm."""
+    timm = pytest.importorskip("timm")
     root = tmp_path_factory.mktemp("timm")
     shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     torch.manual_seed(0)
-    save_for_hf(timm.create_model("vit_tiny_patch16_224", **shape), root / "base", safe_serialization=True)
+    timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", **shape), root / "base", safe_serialization=True)
     base = timm.create_model(f"local-dir:{root / 'base'}", pretrained=True, num_classes=3)
     model = get_peft_model(base, FacTConfig(rank=3, init_weights=False, labels=["cat", "dog", "owl"])).eval()
-    data_config = {**resolve_input_data_config(base), "mean": (0.1, 0.2, 0.3)}
+    data_config = {**timm.data.resolve_input_data_config(base), "mean": (0.1, 0.2, 0.3)}
     save_image_classifier(model, data_config, root / "adapter")
     return model, root
 
@@ -67,11 +65,12 @@ def timm_classifier(tmp_path_factory):
 def test_merge_saves_a_plain_timm_model(timm_classifier, tmp_path, run_module):
     model, root = timm_classifier
     run_module("fact_peft", "merge", root / "adapter", tmp_path / "merged")
+    timm = pytest.importorskip("timm")
     merged = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(images()), model(images()), rtol=1e-4, atol=1e-5)
     assert merged.pretrained_cfg["label_names"] == ["cat", "dog", "owl"]
-    assert resolve_input_data_config(merged)["mean"] == (0.1, 0.2, 0.3)
+    assert timm.data.resolve_input_data_config(merged)["mean"] == (0.1, 0.2, 0.3)
 
 
 def test_show_prints_an_adapter_of_timm(timm_classifier, run_module):

@@ -1,7 +1,5 @@
 """Checkpoints of other implementations of FacT, against layers built from their formulas in float64."""
 
-import sys
-
 import pytest
 import torch
 from backbones import images, logits, make_backbone
@@ -9,6 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.exactness import source_formats
 from benchmarks.exactness.source_formats import (
     IMPLEMENTATIONS,
     RANK,
@@ -19,13 +18,16 @@ from benchmarks.exactness.source_formats import (
     ma_sam,
     masks,
     micro_sam,
-    sam,
 )
 from fact_peft import convert_checkpoint, convert_from
-from fact_peft.__main__ import main
 
 # Float64; they add the same numbers in another order.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def sam():
+    pytest.importorskip("segment_anything")
+    return source_formats.sam()
 
 
 @pytest.mark.parametrize("implementation", [authors_tensor_train, authors_tucker])
@@ -147,6 +149,7 @@ def test_micro_sam_has_no_scale():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda implementation: implementation[0])
 def test_the_benchmark_finds_no_error(implementation):
+    pytest.importorskip("segment_anything" if "sam" in implementation[0] else "timm")
     adapted, merged, without = errors(*implementation[1:])
     assert max(adapted, merged) < 1e-13 and without > 0.1
 
@@ -199,14 +202,10 @@ def test_no_code_in_a_pickle_is_run(tmp_path):
         convert_checkpoint(tmp_path / "other.pt", tmp_path / "adapter", "authors", scale=1.0)
 
 
-def test_the_command_converts_and_prints(tmp_path, monkeypatch, capsys):
+def test_the_command_converts_and_prints(tmp_path, run_module):
     saved, _ = authors_tensor_train(make_backbone("timm", torch.float64))
     torch.save(saved, tmp_path / "cifar.pt")
-    out = tmp_path / "adapter"
-    command = ["fact_peft", "convert", str(tmp_path / "cifar.pt"), str(out), "--from", "authors"]
-    monkeypatch.setattr(sys, "argv", [*command, "--scale", "10"])
-    main()
-    assert "rank 3, scale 10" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", command)
+    command = ["fact_peft", "convert", tmp_path / "cifar.pt", tmp_path / "adapter", "--from", "authors"]
+    assert "rank 3, scale 10" in run_module(*command, "--scale", 10)
     with pytest.raises(SystemExit, match="does not say with which scale"):
-        main()
+        run_module(*command)

@@ -1,32 +1,33 @@
 """The examples are run as a user runs them, in a process of their own, on settings that take seconds."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forking import Fork
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("torchvision")
+
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = ("linear-probe", "full-tuning", "LoRA", "FacT-TT", "FacT-TK")
-QUICK = ("--seeds", "0", "--learning_rates", "0.01", "--epochs", "2")
+QUICK = ("--seeds", "0", "--learning_rates", "0.01", "--epochs", "1")
 
 
-def run_quickstart(folder: Path, *arguments: str | Path) -> str:
-    """What the script prints to standard output; it must succeed without a network."""
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "quickstart.py", *QUICK, "--output_dir", folder / "out", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def run_quickstart(fork: Fork, folder: Path, *arguments: str | Path) -> str:
+    """What the script prints; it must succeed without a network."""
+    script = str(EXAMPLES / "quickstart.py")
+    argv = [script, *QUICK, "--output_dir", str(folder / "out"), *map(str, arguments)]
+    code = f"import runpy, sys; sys.argv = {argv}; sys.path.insert(0, {str(EXAMPLES)!r})"
+    status, output = fork(f"{code}; runpy.run_path({script!r}, run_name='__main__')", folder)
+    assert status == 0, output
+    return output
 
 
 def assert_is_whole(output: str, methods: tuple[str, ...]) -> None:
@@ -62,18 +63,18 @@ def image_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_quickstart_compares_all_methods_without_arguments_for_data(tmp_path: Path) -> None:
-    output = run_quickstart(tmp_path, "--pretraining_epochs", "1")
+def test_quickstart_compares_all_methods_without_arguments_for_data(fork: Fork, tmp_path: Path) -> None:
+    output = run_quickstart(fork, tmp_path, "--pretraining_epochs", "1")
     assert_is_whole(output, METHODS)
     assert (tmp_path / "out" / "FacT-TT" / "adapter_model.safetensors").is_file()
 
 
 def test_quickstart_adapts_a_saved_model_to_a_folder_of_images(
-    tmp_path: Path, vit_folder: Path, image_folder: Path
+    fork: Fork, tmp_path: Path, vit_folder: Path, image_folder: Path
 ) -> None:
     few = ("--train_per_class", "2", "--val_per_class", "2", "--batch_size", "3")
     dataset = ("--dataset", "imagefolder", "--data_dir", image_folder)
-    output = run_quickstart(tmp_path, "--model", vit_folder, *dataset, *few, "--methods", "LoRA", "FacT-TK")
+    output = run_quickstart(fork, tmp_path, "--model", vit_folder, *dataset, *few, "--methods", "LoRA", "FacT-TK")
     assert "Adapting to 3 classes with 2 labels each" in output
     assert "on 6 test images" in output
     assert_is_whole(output, ("LoRA", "FacT-TK"))

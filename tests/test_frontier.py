@@ -13,7 +13,6 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
-from PIL import Image
 from torch import nn
 from transformers import (
     BitImageProcessor,
@@ -24,6 +23,12 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+pytest.importorskip("torchvision")
+
+from PIL import Image
 
 from benchmarks.frontier import tasks
 from benchmarks.frontier.backbones import load

@@ -7,11 +7,14 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from peft import PeftConfig
 
 from fact_peft import FacTConfig
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 FIELDS = sorted(
     field.name for field in dataclasses.fields(FacTConfig) if field.name not in ("peft_type", "peft_version")

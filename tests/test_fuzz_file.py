@@ -7,14 +7,17 @@ import warnings
 import pytest
 import torch
 from backbones import images, logits, make_backbone
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fact_peft import Adapter, FacTConfig, hotswap_adapter
 from fact_peft.operations.inspection import describe
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 FILE = "adapter_model.safetensors"
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.complex64]

@@ -1,6 +1,9 @@
 """Some sequences of verbs, always the same ones; ``python -m tests.fuzzing --sequences 10000`` runs others."""
 
 import pytest
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 

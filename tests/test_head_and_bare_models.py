@@ -3,7 +3,6 @@
 import logging
 
 import pytest
-import timm
 import torch
 from backbones import NUM_LABELS, VIT_SHAPE
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from fact_peft import Adapter, FacTConfig
-from fact_peft.adapter.renaming import Renaming
+from fact_peft.adapter.names import Renaming
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 VIT = ViTConfig(**VIT_SHAPE)
@@ -107,6 +106,8 @@ def test_adapter_of_a_bare_model_gives_the_same_features_inside_the_classifier(n
 
 
 def test_adapter_of_a_timm_classifier_gives_the_same_features_without_the_head(tmp_path, caplog):
+    timm = pytest.importorskip("timm")
+
     def build(num_classes: int) -> nn.Module:
         torch.manual_seed(7)
         return timm.models.VisionTransformer(

@@ -33,7 +33,8 @@ def of_regions(size: int) -> dict[str, list[Tensor]]:
 
 
 def of_boxes() -> dict[str, list[dict[str, Tensor]]]:
-    """Two boxes in either image."""
+    """Two boxes in either image, which the loss matches with scipy."""
+    pytest.importorskip("scipy")
     boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.6, 0.4, 0.3]])
     return {"labels": [{"class_labels": torch.tensor([0, 1]), "boxes": boxes}] * 2}
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from fact_peft import Adapter, FacTConfig
-from fact_peft.__main__ import main
 from fact_peft.method.tensorization import read_layout
 from fact_peft.operations.inspection import describe
 
@@ -29,10 +27,9 @@ def edit(folder, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def printed_refusal(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["fact_peft", "show", *map(str, arguments)])
+def printed_refusal(run_module, *arguments):
     with pytest.raises(SystemExit) as exit:
-        main()
+        run_module("fact_peft", "show", *arguments)
     message = exit.value.code
     assert isinstance(message, str) and message.startswith("python -m fact_peft: ")  # which exits with status 1
     assert message.isprintable()
@@ -66,9 +63,9 @@ def printed_refusal(monkeypatch, *arguments):
     ],
     ids=repr,
 )
-def test_bad_layout(layout, message, folder, monkeypatch):
+def test_bad_layout(layout, message, folder, run_module):
     edit(folder, layout=layout)
-    assert re.search(message, printed_refusal(monkeypatch, folder))
+    assert re.search(message, printed_refusal(run_module, folder))
 
 
 @pytest.mark.parametrize(
@@ -87,32 +84,32 @@ def test_bad_layout(layout, message, folder, monkeypatch):
         (b"\xff\xfe\x00", "decode"),
     ],
 )
-def test_bad_config(content, message, folder, monkeypatch):
+def test_bad_config(content, message, folder, run_module):
     (folder / "adapter_config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert message in printed_refusal(monkeypatch, folder)
+    assert message in printed_refusal(run_module, folder)
 
 
-def test_missing_paths(folder, tmp_path, monkeypatch):
-    assert "neither a folder nor a name on the Hub" in printed_refusal(monkeypatch, tmp_path / "nowhere")
-    assert "neither a folder nor a name on the Hub" in printed_refusal(monkeypatch, "no such/folder/x")
-    assert "neither a folder nor a name on the Hub" in printed_refusal(monkeypatch, "a\x1b[31mb")
-    assert "has no adapter_config.json" in printed_refusal(monkeypatch, tmp_path)
-    assert "has no adapter_config.json" in printed_refusal(monkeypatch, folder / "adapter_model.safetensors")
-    printed_refusal(monkeypatch, folder, "--map", tmp_path / "nowhere" / "map.png")
-    printed_refusal(monkeypatch, folder, "--map", tmp_path / "map.nothing")
+def test_missing_paths(folder, tmp_path, run_module):
+    assert "neither a folder nor a name on the Hub" in printed_refusal(run_module, tmp_path / "nowhere")
+    assert "neither a folder nor a name on the Hub" in printed_refusal(run_module, "no such/folder/x")
+    assert "neither a folder nor a name on the Hub" in printed_refusal(run_module, "a\x1b[31mb")
+    assert "has no adapter_config.json" in printed_refusal(run_module, tmp_path)
+    assert "has no adapter_config.json" in printed_refusal(run_module, folder / "adapter_model.safetensors")
+    printed_refusal(run_module, folder, "--map", tmp_path / "nowhere" / "map.png")
+    printed_refusal(run_module, folder, "--map", tmp_path / "map.nothing")
     (folder / "adapter_model.safetensors").unlink()
-    assert "has no adapter_model.safetensors" in printed_refusal(monkeypatch, folder)
+    assert "has no adapter_model.safetensors" in printed_refusal(run_module, folder)
 
 
-def test_damaged_and_foreign_files(folder, monkeypatch):
+def test_damaged_and_foreign_files(folder, run_module):
     file = folder / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
-    assert "is not a whole safetensors file" in printed_refusal(monkeypatch, folder)
+    assert "is not a whole safetensors file" in printed_refusal(run_module, folder)
     save_file({"\x1b[31m\nred": torch.zeros(1)}, file)
-    assert r"\x1b[31m" in printed_refusal(monkeypatch, folder)
+    assert r"\x1b[31m" in printed_refusal(run_module, folder)
     get_peft_model(make_backbone("vit"), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
-    assert "is not a FacT adapter" in printed_refusal(monkeypatch, folder)
+    assert "is not a FacT adapter" in printed_refusal(run_module, folder)
 
 
 def test_names_reach_the_terminal_quoted(folder):
@@ -126,12 +123,10 @@ def test_names_reach_the_terminal_quoted(folder):
     assert "Gänseblümchen, 日本" in describe(Adapter.read(folder))
 
 
-def test_names_with_formulas_are_drawn_as_they_are(tmp_path, monkeypatch, capsys):
+def test_names_with_formulas_are_drawn_as_they_are(tmp_path, run_module):
     model = torch.nn.ModuleDict({"$\\frac{": torch.nn.Linear(8, 8)})
     get_peft_model(model, FacTConfig(rank=2, target_modules=["$\\frac{"])).save_pretrained(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fact_peft", "show", str(tmp_path), "--map", str(tmp_path / "map.png")])
-    main()
-    assert "map.png" in capsys.readouterr().out
+    assert "map.png" in run_module("fact_peft", "show", tmp_path, "--map", tmp_path / "map.png")
 
 
 def test_as_many_layers_as_models_have_are_read():

@@ -5,16 +5,15 @@ import re
 
 import pytest
 import torch
-from backbones import make_backbone
+from backbones import image_processor, make_backbone
 from huggingface_hub import ModelCard
 from peft import get_peft_model
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification
 
 from fact_peft import FacTConfig, push_image_classifier, save_image_classifier
 from fact_peft.adapter.names import as_code, for_markdown, for_python, for_terminal
 from fact_peft.sharing.card import BEGIN, END
 
-PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
 NASTY = [
     "<img src=x onerror=alert(1)>",
     "</code><script>alert(1)</script>",
@@ -72,9 +71,9 @@ def calls(tree):
 def test_a_label_is_text_and_the_card_does_not_grow(name, tmp_path):
     model = adapted(labels=["cat", name, "dog", name, "owl"])
     for metric in (name, name):
-        save_image_classifier(model, PROCESSOR, tmp_path / "adapter", {metric: 0.5})
+        save_image_classifier(model, image_processor(), tmp_path / "adapter", {metric: 0.5})
     first = card(tmp_path / "adapter").content
-    save_image_classifier(model, PROCESSOR, tmp_path / "adapter", {name: 0.5})
+    save_image_classifier(model, image_processor(), tmp_path / "adapter", {name: 0.5})
     text = card(tmp_path / "adapter").content
     assert text == first and text.splitlines().count(END) == text.splitlines().count(BEGIN) == 1
     assert text.count("## Labels") == 1
@@ -91,7 +90,7 @@ def test_names_in_the_code_of_a_card_are_strings(name, tmp_path):
     folder = tmp_path / name.replace("/", "_")
     model = adapted(revision=name)
     model.peft_config["default"].base_model_name_or_path = "me/base"
-    save_image_classifier(model, PROCESSOR, folder)
+    save_image_classifier(model, image_processor(), folder)
     first, second = snippets(card(folder).text)
     assert calls(first) == {"load_image_classifier", "pipeline", "classify", "print"}
     assert calls(second) == {"ViTForImageClassification.from_pretrained", "PeftModel.from_pretrained"}
@@ -113,15 +112,15 @@ def test_each_quotation_is_one_of_its_kind(name):
     [{"accuracy": "0.5"}, {"accuracy": None}, {"accuracy": [0.5]}, {3: 0.5}, {"accuracy": torch.zeros(2)}, {"a": 1j}],
 )
 def test_metrics_that_are_no_numbers_are_noticed_before_anything_is_saved(metrics, tmp_path):
-    save_image_classifier(adapted(), PROCESSOR, tmp_path / "adapter", {"accuracy": torch.tensor(0.25)})
+    save_image_classifier(adapted(), image_processor(), tmp_path / "adapter", {"accuracy": torch.tensor(0.25)})
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     with pytest.raises(ValueError, match=r"metrics has .*which is no number under a name"):
-        save_image_classifier(adapted(scale=2.0), PROCESSOR, tmp_path / "adapter", metrics)
+        save_image_classifier(adapted(scale=2.0), image_processor(), tmp_path / "adapter", metrics)
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
     with pytest.raises(ValueError, match="metrics has"):
-        push_image_classifier(adapted(), PROCESSOR, "me/x", metrics=metrics, base_model="me/base")
+        push_image_classifier(adapted(), image_processor(), "me/x", metrics=metrics, base_model="me/base")
     with pytest.raises(ValueError, match="metrics has"):
-        save_image_classifier(adapted(), PROCESSOR, tmp_path / "other", metrics)
+        save_image_classifier(adapted(), image_processor(), tmp_path / "other", metrics)
     assert not (tmp_path / "other").exists()
 
 
@@ -133,11 +132,11 @@ def test_of_two_active_adapters_none_is_saved_as_if_it_were_both(save, tmp_path)
     with pytest.raises(
         ValueError, match=r"2 active adapters, \['default', 'other'\].*set_adapter.*add_weighted_adapter"
     ):
-        save(model, PROCESSOR, str(tmp_path / "adapter"), base_model="me/base")
+        save(model, image_processor(), str(tmp_path / "adapter"), base_model="me/base")
     assert not (tmp_path / "adapter").exists()
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
     model.set_adapter("sum")
-    save_image_classifier(model, PROCESSOR, tmp_path / "adapter")
+    save_image_classifier(model, image_processor(), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("name", ["base", "me/base"])
@@ -151,13 +150,13 @@ def test_a_relative_folder_is_no_hub_id_wherever_one_is(name, tmp_path, monkeypa
     assert injected.peft_config["default"].base_model_name_or_path == f"./{name}"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    save_image_classifier(model, PROCESSOR, "adapter")
+    save_image_classifier(model, image_processor(), "adapter")
     saved = card(tmp_path / "elsewhere" / "adapter")
     assert "base_model" not in saved.data.to_dict() and not {f'"{name}"', f"[{name}]"} & set(
         re.findall(r"\"[^\"]*\"|\[[^]]*\]", saved.text)
     )
     with pytest.raises(ValueError, match="is not on the Hub"):
-        push_image_classifier(model, PROCESSOR, "me/adapter")
+        push_image_classifier(model, image_processor(), "me/adapter")
 
 
 def test_a_name_that_is_no_folder_stays_as_it_is():

@@ -8,8 +8,13 @@ import pytest
 from forking import forking
 from hub_server import Hub, serve
 from huggingface_hub import ModelCard
-from PIL import Image
 from upstream import skip_where_lora_is_refused
+
+pytest.importorskip("PIL")
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+
+from PIL import Image
 
 Run = Callable[..., str]
 

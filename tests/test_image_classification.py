@@ -7,20 +7,11 @@ import shutil
 import subprocess
 import sys
 
-import command_line
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from classification import data as image_data
-from classification import digits as shifted_digits
-from classification import metrics as image_metrics
-from classification.checkpoints import WholeCheckpoints
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
-from PIL import Image as PILImage
-from rgb import to_rgb
-from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
-from sklearn.utils.class_weight import compute_class_weight
 from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
@@ -34,9 +25,25 @@ from transformers import (
 )
 
 import fact_peft
+from fact_peft import FacTConfig, load_image_classifier
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("torchvision")
+
+import command_line
+from classification import data as image_data
+from classification import digits as shifted_digits
+from classification import metrics as image_metrics
+from classification.checkpoints import WholeCheckpoints
+from PIL import Image as PILImage
+from rgb import to_rgb
+from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
+from sklearn.utils.class_weight import compute_class_weight
+
 from benchmarks.interruption.killing import largest_difference, run, run_and_kill, whole_checkpoints
 from examples import image_classification as script
-from fact_peft import FacTConfig, load_image_classifier
 
 NAMES = ["ant", "bee"]
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 210)}
@@ -265,7 +272,7 @@ def test_without_training_it_reports_the_model_as_it_starts(train):
 
 
 def test_it_writes_for_tensorboard(train, tmp_path):
-    pytest.importorskip("tensorboard", reason="an optional reader of the training curves")
+    pytest.importorskip("tensorboard", reason="tensorboard, an optional reader of the training curves, is missing")
     train("--report_to", "tensorboard")
     assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
 

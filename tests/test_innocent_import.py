@@ -1,7 +1,6 @@
 """Importing fact_peft changes nothing of other packages but PEFT's list of methods."""
 
-import subprocess
-import sys
+import json
 
 import pytest
 
@@ -48,34 +47,36 @@ print(json.dumps({"looked at": len(before), "changed": changed}))
 """
 
 
-def run(code):
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout.strip().splitlines()[-1]
+@pytest.fixture
+def last_line(fork, tmp_path):
+    """Of what a program prints that has not imported fact_peft before."""
+
+    def run(code):
+        status, output = fork(code, tmp_path)
+        assert status == 0, output
+        return output.splitlines()[-1]
+
+    return run
 
 
-def test_no_function_class_or_signature_of_another_package_is_changed():
-    import json
-
-    found = json.loads(run(SNAPSHOT))
+def test_no_function_class_or_signature_of_another_package_is_changed(last_line):
+    found = json.loads(last_line(SNAPSHOT))
     assert found["looked at"] > 3000
     # The enum member is a string, which is not callable; the maps are dictionaries. So nothing is left.
     assert found["changed"] == []
 
 
-def test_a_change_would_be_seen():
-    import json
-
+def test_a_change_would_be_seen(last_line):
     patch = "import fact_peft\nPeftConfig = peft.PeftConfig\nPeftConfig.from_pretrained = classmethod(lambda cls: 1)"
-    found = json.loads(run(SNAPSHOT.replace("import fact_peft", patch)))
+    found = json.loads(last_line(SNAPSHOT.replace("import fact_peft", patch)))
     assert any("PeftConfig" in key and key.endswith("from_pretrained") for key in found["changed"])
 
 
-def test_config_of_another_method_is_read_by_its_keyword(tmp_path):
+def test_config_of_another_method_is_read_by_its_keyword(last_line, tmp_path):
     code = f"""
 import fact_peft
 from peft import LoraConfig
 LoraConfig(r=3).save_pretrained({str(tmp_path)!r})
 print(LoraConfig.from_pretrained(pretrained_model_name_or_path={str(tmp_path)!r}).r)
 """
-    assert run(code) == "3"
+    assert last_line(code) == "3"

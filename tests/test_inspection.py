@@ -1,15 +1,11 @@
 """What an adapter's folder says of itself, against the live model that it was saved from."""
 
-import sys
-
 import pytest
 import torch
 from backbones import make_backbone
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 
 from fact_peft import Adapter, FacTConfig, FacTLinear
-from fact_peft.__main__ import main
 
 
 @pytest.fixture(params=[("vit", "tt"), ("vit", "tk"), ("swin", "tt"), ("timm", "tk")])
@@ -42,12 +38,11 @@ def test_factors_and_the_rest_are_all_that_is_trained(adapted):
     assert sum(tensor.numel() for tensor in [*factors, *adapter.others.values()]) == trained
 
 
-def test_the_command_prints_and_draws(adapted, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_and_draws(adapted, tmp_path, run_module):
+    pytest.importorskip("matplotlib")
     model, folder = adapted
     picture = tmp_path / "map.png"
-    monkeypatch.setattr(sys, "argv", ["fact_peft", "show", str(folder), "--map", str(picture)])
-    main()
-    printed = capsys.readouterr().out
+    printed = run_module("fact_peft", "show", folder, "--map", picture)
     config = model.peft_config["default"]
     num_factors = sum(p.numel() for name, p in model.named_parameters() if ".fact_" in name)
     title = {"tt": "FacT-TT, tensor-train", "tk": "FacT-TK, Tucker"}[config.decomposition]
@@ -56,7 +51,7 @@ def test_the_command_prints_and_draws(adapted, tmp_path, monkeypatch, capsys):
     size = sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json"))
     assert f"bytes       {size:,}: " in printed
     assert all(line in printed for line in config.layout)
-    with Image.open(picture) as image:
+    with pytest.importorskip("PIL.Image").open(picture) as image:
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 50  # a map with its colour bar, not a blank
 
 

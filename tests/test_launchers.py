@@ -46,6 +46,7 @@ settings = pytest.mark.parametrize("setting", SETTINGS, ids=[name_of(*setting) f
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of the single process."""
+    pytest.importorskip("sklearn")  # for the data of the loop
     folder = tmp_path_factory.mktemp("launchers")
     save_backbones(folder)
     train_single(folder)
@@ -161,6 +162,7 @@ LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 DDP = ("--config_file", str(ROOT / "examples/accelerate/ddp.yaml"), "--main_process_port", "0")
 
 
+@pytest.mark.slow  # one more launch
 def test_two_processes_without_a_gpu_train_as_one_does(folder, tmp_path):
     loop = [LOOP, "--mixed_precision", "no", "--epochs", "2", "--output_dir", str(tmp_path / "loop")]
     done = launched(tmp_path, *LAUNCH, *DDP, *loop)

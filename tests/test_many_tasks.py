@@ -5,8 +5,12 @@ import re
 import pytest
 import torch
 from backbones import images, make_backbone
-from many_tasks import Arguments, parameters, sum_of_losses, train, with_tasks
 from transformers.utils import logging
+
+pytest.importorskip("PIL")
+pytest.importorskip("sklearn")
+
+from many_tasks import Arguments, parameters, sum_of_losses, train, with_tasks
 
 TASKS = ["one", "two", "three"]
 

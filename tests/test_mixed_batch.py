@@ -9,21 +9,18 @@ import threading
 from functools import partial
 
 import pytest
-import timm
 import torch
-import torchvision
 from architectures import ARCHITECTURES
-from backbones import BACKBONES, NUM_LABELS, images, logits, make_backbone
+from backbones import BACKBONES, NUM_LABELS, holdings, images, logits, make_backbone, to_int8
 from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import MobileViTConfig, MobileViTForImageClassification
 from transformers.pytorch_utils import Conv1D
 
 from fact_peft import FacTConfig, FacTLinear, convert_to_lora
-from fact_peft.architecture.multihead import OpenAttention
-from fact_peft.method.per_image import FactorBank, read_per_image, write_per_image
+from fact_peft.architecture.linears import OpenAttention
+from fact_peft.method.fused_linear import FactorBank, read_per_image, write_per_image
 from fact_peft.tuner.head import FacTHead
 
 # From rank, decomposition and scale to the layers: no two are of one shape.
@@ -104,18 +101,9 @@ def test_every_architecture(architecture):
         check(model, inputs, NAMES)
 
 
-# MobileViT folds the pixels of a patch into the batch; the others read the weights of qkv, or of qkv and proj.
-OTHERS = {
-    "MobileViT": lambda: MobileViTForImageClassification(
-        MobileViTConfig(image_size=64, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 8, 16, 16, 16, 32])
-    ),
-    "timm BEiT": lambda: timm.create_model(
-        "beit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3
-    ),
-    "torchvision Swin": lambda: torchvision.models.SwinTransformer(
-        [4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=3, stochastic_depth_prob=0.0
-    ),
-    "torchvision Swin v2": lambda: torchvision.models.SwinTransformer(
+def torchvision_swin(block, downsample_layer):
+    swin = pytest.importorskip("torchvision").models.swin_transformer
+    return swin.SwinTransformer(
         [4, 4],
         16,
         [2, 2],
@@ -123,9 +111,21 @@ OTHERS = {
         [4, 4],
         num_classes=3,
         stochastic_depth_prob=0.0,
-        block=torchvision.models.swin_transformer.SwinTransformerBlockV2,
-        downsample_layer=torchvision.models.swin_transformer.PatchMergingV2,
+        block=getattr(swin, block),
+        downsample_layer=getattr(swin, downsample_layer),
+    )
+
+
+# MobileViT folds the pixels of a patch into the batch; the others read the weights of qkv, or of qkv and proj.
+OTHERS = {
+    "MobileViT": lambda: MobileViTForImageClassification(
+        MobileViTConfig(image_size=64, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 8, 16, 16, 16, 32])
     ),
+    "timm BEiT": lambda: pytest.importorskip("timm").create_model(
+        "beit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3
+    ),
+    "torchvision Swin": lambda: torchvision_swin("SwinTransformerBlock", "PatchMerging"),
+    "torchvision Swin v2": lambda: torchvision_swin("SwinTransformerBlockV2", "PatchMergingV2"),
 }
 
 
@@ -156,7 +156,7 @@ def test_precisions(backbone, dtype):
 
 def test_quantised_base():
     model = make_backbone("vit")
-    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "vit." in name)
+    to_int8(model, lambda module, name: isinstance(module, nn.Linear) and "vit." in name)
     model = with_adapters(model, torch.float32)
     check(model, {"pixel_values": images(count=len(NAMES))}, NAMES, rtol=0, atol=1e-3)
 
@@ -367,11 +367,11 @@ def test_threads_do_not_see_each_others_adapters(backbone):
 def test_a_call_that_fails_leaves_nothing_behind():
     model = with_adapters(make_backbone("vit"))
     pixels = images(torch.float64, 3)
-    expected = logits(model, pixels)
+    expected, held = logits(model, pixels), holdings(model)
     with pytest.raises(ValueError, match="Input image size"):
         model(pixel_values=pixels[..., 1:], adapter_names=["tucker"] * 3)
     torch.testing.assert_close(logits(model, pixels), expected, rtol=0, atol=0)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert holdings(model) == held
 
 
 def test_a_model_inside_another_has_its_own_adapters():

@@ -4,7 +4,6 @@ import copy
 import warnings
 
 import pytest
-import timm
 import torch
 from architectures import ARCHITECTURES
 from backbones import alone, images, logits, make_backbone
@@ -218,6 +217,10 @@ def test_parts_of_some_blocks():
     assert peft_model.peft_config["default"].layout == ["blocks.1: attn.qkv 32x96[v/qkv], mlp.fc2 128x32"]
 
 
+def timm_models():
+    return pytest.importorskip("timm").models
+
+
 class Heads(nn.Module):
     """Attention whose keys and values have fewer heads than its queries."""
 
@@ -230,11 +233,14 @@ class Heads(nn.Module):
     ("attention", "reason"),
     [
         (
-            lambda: timm.models.tiny_vit.Attention(32, key_dim=16, num_heads=2, attn_ratio=1, resolution=(2, 2)),
+            lambda: timm_models().tiny_vit.Attention(32, key_dim=16, num_heads=2, attn_ratio=1, resolution=(2, 2)),
             "key_dim",
         ),
-        (lambda: timm.models.maxxvit.AttentionCl(32, dim_head=16), "head_first"),
-        (lambda: timm.models.gcvit.WindowAttentionGlobal(24, 2, (2, 2), use_global=True), "a third of its 48 outputs"),
+        (lambda: timm_models().maxxvit.AttentionCl(32, dim_head=16), "head_first"),
+        (
+            lambda: timm_models().gcvit.WindowAttentionGlobal(24, 2, (2, 2), use_global=True),
+            "a third of its 48 outputs",
+        ),
         (Heads, "a third of its 48 outputs"),
     ],
     ids=["TinyViT", "MaxViT", "GCViT", "fewer heads"],

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from backbones import images, logits, vit
+from backbones import images, logits, to_int8, vit
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForImageClassification, BitsAndBytesConfig, TorchAoConfig
 
 from fact_peft import FacTConfig
@@ -17,8 +16,14 @@ pytestmark = [
 ]
 
 HEAD = ["classifier"]
+
+
+def int8_weights():
+    return pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig()
+
+
 BASES = {
-    "torchao int8": lambda skip: TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skip),
+    "torchao int8": lambda skip: TorchAoConfig(int8_weights(), modules_to_not_convert=skip),
     "bitsandbytes 8 bit": lambda skip: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip),
     "bitsandbytes 4 bit": lambda skip: BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip),
 }
@@ -34,6 +39,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, base, skip=HEAD):
+    pytest.importorskip(base.partition(" ")[0])
     return AutoModelForImageClassification.from_pretrained(folder, quantization_config=BASES[base](skip))
 
 
@@ -77,7 +83,7 @@ def test_training_saving_and_merging(base, decomposition, folder, tmp_path):
 def test_weights_quantised_by_hand_train_but_do_not_merge():
     torch.manual_seed(7)
     base = vit()
-    quantize_(base, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "vit." in name)
+    to_int8(base, lambda module, name: isinstance(module, nn.Linear) and "vit." in name)
     model = get_peft_model(base, FacTConfig(rank=4, init_weights=False))
     logits(model, images()).square().sum().backward()
     assert model.get_base_model().factors["32x32"].fact_U["default"].grad.abs().max() > 0

@@ -5,10 +5,9 @@ import warnings
 
 import pytest
 import torch
-from backbones import make_backbone
+from backbones import make_backbone, to_int8
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import ViTForImageClassification
 
 from fact_peft import FacTConfig, FacTLinear
@@ -72,13 +71,13 @@ def test_other_words_of_peft_are_names_that_train_and_reload(name, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["classifier"]}], ids=["default", "named"])
 def test_a_quantised_head_is_refused(settings):
     model = make_backbone("vit")
-    quantize_(model, Int8WeightOnlyConfig())
+    to_int8(model)
     assert_refused(model, FacTConfig(**CONFIG, **settings), r"module classifier is quantised .* modules_to_save=\[\]")
 
 
 def test_a_head_with_a_quantised_layer_inside_is_refused():
     model = nn.ModuleDict({**blocks(), "head": nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))})
-    quantize_(model["head"], Int8WeightOnlyConfig())
+    to_int8(model["head"])
     assert_refused(model, FacTConfig(**CONFIG, modules_to_save=["head"]), "module head is quantised")
 
 

@@ -4,8 +4,6 @@ import copy
 import importlib
 import json
 import pickle
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -37,12 +35,20 @@ def test_mappings_know_the_method():
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.FACT] == "fact_"
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+@pytest.fixture
+def run(fork, tmp_path):
+    """Run code that imports fact_peft for the first time; returns what it prints."""
+
+    def run(code):
+        status, output = fork(textwrap.dedent(code), tmp_path)
+        assert status == 0, output
+        return output
+
+    return run
 
 
-def test_importing_again_registers_the_new_classes():
-    result = run(
+def test_importing_again_registers_the_new_classes(run):
+    run(
         """
         import sys, fact_peft
         from peft import get_peft_config
@@ -53,7 +59,6 @@ def test_importing_again_registers_the_new_classes():
         assert type(get_peft_config({"peft_type": "FACT"})) is again.FacTConfig
         """
     )
-    assert result.returncode == 0, result.stderr
 
 
 def test_reload_is_harmless():
@@ -61,8 +66,8 @@ def test_reload_is_harmless():
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.FACT] is FacTModel
 
 
-def test_stands_aside_for_a_method_of_the_same_name():
-    result = run(
+def test_stands_aside_for_a_method_of_the_same_name(run):
+    run(
         """
         import warnings
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -84,14 +89,12 @@ def test_stands_aside_for_a_method_of_the_same_name():
         assert PEFT_TYPE_TO_TUNER_MAPPING[member] is theirs
         """
     )
-    assert result.returncode == 0, result.stderr
 
 
-def test_a_pickled_config_brings_the_registration_along(tmp_path):
+def test_a_pickled_config_brings_the_registration_along(run, tmp_path):
     file = tmp_path / "config.pkl"
     file.write_bytes(pickle.dumps(FacTConfig(rank=5)))
-    result = run(f"import pickle; print(pickle.load(open({str(file)!r}, 'rb')).rank)")
-    assert result.stdout.strip() == "5", result.stderr
+    assert run(f"import pickle; print(pickle.load(open({str(file)!r}, 'rb')).rank)").splitlines()[-1] == "5"
 
 
 def test_config_round_trips(tmp_path):

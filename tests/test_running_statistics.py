@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 
 import pytest
-import timm
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ def cvt() -> nn.Module:
 
 
 def timm_levit() -> nn.Module:
-    return timm.create_model("levit_128s", num_classes=3, img_size=64)
+    return pytest.importorskip("timm").create_model("levit_128s", num_classes=3, img_size=64)
 
 
 def logits(model: nn.Module) -> Tensor:

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from benchmarks.interruption.saving import Saver, backbone, loaded_number, run
 from fact_peft import Adapter, save_as_lora
+
+pytest.importorskip("PIL")
+pytest.importorskip("torchvision")
+
+from benchmarks.interruption.saving import Saver, backbone, loaded_number, run
 
 OLD, NEW = 2, 3  # which differ in labels, weights and image processor
 

@@ -7,16 +7,23 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import SamModel, SamProcessor
+
+from fact_peft import FacTConfig, FacTLinear
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+pytest.importorskip("segment_anything")
+pytest.importorskip("sklearn")
+
 from PIL import Image
 from sam.data import Batches, at_most, mask_of, objects, read_dataset
 from sam.handwriting import handwriting
 from sam.masks import predict
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from transformers import SamModel, SamProcessor
 
 from examples import segmentation as script
-from fact_peft import FacTConfig, FacTLinear
 
 QUICK = ("--pretraining_images", "4", "--max_train", "4", "--max_test", "2", "--epochs", "1", "--batch_size", "2")
 

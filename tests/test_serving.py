@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("ray.serve", reason='Ray Serve is not installed: pip install ".[serving]"')
 
 import digits
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from served import LABELS, PATIENCE, Served, save_adapter, serve, wait_for
 from transformers import AutoImageProcessor, ViTForImageClassification

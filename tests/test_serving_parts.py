@@ -13,17 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import make_backbone
-from catalogue import ADAPTER_FILES, Catalogue
 from peft import get_peft_model
+from transformers import ViTImageProcessor
+
+from fact_peft import FacTConfig
+
+pytest.importorskip("PIL")
+pytest.importorskip("starlette")
+pytest.importorskip("torchvision")
+
+from catalogue import ADAPTER_FILES, Catalogue
 from PIL import Image
 from served_pool import ServedPool
 from settings import Settings
 from sources import MAX_FILE_BYTES, check_files, check_source, from_folder, from_hub
 from starlette.requests import Request
-from transformers import ViTImageProcessor
 from validation import Refused, check_adapters, check_name, check_token, decode_image, read_body
-
-from fact_peft import FacTConfig
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -319,8 +324,9 @@ def put_many(state: Path, adapter: Path, first: int) -> None:
         Catalogue(state).put(f"n{number}", adapter, "")
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_writers_in_several_processes_lose_nothing(adapters, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     writers = [
         context.Process(target=put_many, args=(tmp_path / "state", adapters / name, first))
         for name, first in (("a", 0), ("b", 20))

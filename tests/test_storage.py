@@ -7,10 +7,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from backbones import images, logits, make_backbone
+from backbones import image_processor, images, logits, make_backbone
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import ViTImageProcessor
 
 from fact_peft import (
     Adapter,
@@ -23,9 +22,7 @@ from fact_peft import (
     save_as_lora,
     save_image_classifier,
 )
-from fact_peft.__main__ import main
-from fact_peft.adapter.packing import WIDTHS, is_packed, pack, rounded, unpack
-from fact_peft.adapter.storage import STORAGES, bits_of
+from fact_peft.adapter.storage import STORAGES, WIDTHS, bits_of, is_packed, pack, rounded, unpack
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
 
@@ -62,7 +59,7 @@ def random(shape, seed=0):
 
 
 def decoded(packed):
-    """The numbers of a packed tensor, from the description of the layout in `packing.py` and numpy alone."""
+    """The numbers of a packed tensor, from the description of the layout in `storage.py` and numpy alone."""
     data = packed.numpy().tobytes()
     magic, version, bits, group, num_dimensions = struct.unpack_from("<4sBBBB", data)
     assert (magic, version) == (b"FacT", 2)
@@ -296,7 +293,7 @@ def test_an_unknown_storage_is_refused_where_it_is_named(storage, tmp_path):
     with pytest.raises(ValueError, match=message):
         quantize_adapter(model, storage)
     with pytest.raises(ValueError, match=message):
-        save_image_classifier(model, ViTImageProcessor(), tmp_path, head_storage=storage)
+        save_image_classifier(model, image_processor(), tmp_path, head_storage=storage)
     model.peft_config["default"].storage = storage
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path)
@@ -386,14 +383,14 @@ def test_state_dict_with_damage_leaves_the_adapter_as_it_was():
     assert torch.equal(scores(model), expected)
 
 
-def test_a_classifier_is_saved_in_few_bits_by_one_argument(tmp_path, monkeypatch, capsys):
+def test_a_classifier_is_saved_in_few_bits_by_one_argument(tmp_path, run_module):
     backbone = make_backbone("vit")
     backbone.save_pretrained(tmp_path / "backbone")
     torch.manual_seed(0)
     model = get_peft_model(
         type(backbone).from_pretrained(tmp_path / "backbone"), FacTConfig(rank=4, init_weights=False)
     ).eval()
-    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    processor = image_processor()
     save_image_classifier(model, processor, tmp_path / "whole")
     save_image_classifier(model, processor, tmp_path / "few", storage="int4")
     assert model.peft_config["default"].storage is None
@@ -410,9 +407,7 @@ def test_a_classifier_is_saved_in_few_bits_by_one_argument(tmp_path, monkeypatch
     assert f"| parameters of the factors | {trained:,} |" in card
     assert "| stored as | int4, head int8 |" in card
     assert f"| bytes on disk, head and config included | {few.total:,} |" in card
-    monkeypatch.setattr("sys.argv", ["fact_peft", "show", str(tmp_path / "few")])
-    main()
-    printed = capsys.readouterr().out
+    printed = run_module("fact_peft", "show", tmp_path / "few")
     assert "storage     int4, head int8" in printed
     assert f"bytes       {few.total:,}: {few.factors:,} factors, {few.others:,} head and others" in printed
 

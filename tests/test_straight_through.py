@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from fact_peft import FacTConfig, StraightThrough, StraightThroughCallback, hotswap_adapter
-from fact_peft.adapter.packing import pack, unpack
+from fact_peft.adapter.storage import pack, unpack
 
 LABELS = torch.arange(8) % NUM_LABELS
 

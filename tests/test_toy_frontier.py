@@ -13,15 +13,20 @@ import pandas as pd
 import pytest
 import torch
 from peft import get_peft_model
-from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
+
+from fact_peft import FacTConfig
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
+from PIL import Image
 
 from benchmarks.frontier.report import best_within, chosen, frontier
 from benchmarks.frontier.search import next_rate
 from benchmarks.frontier.tasks import Labelled
 from benchmarks.frontier.toy.methods import METHODS, REMEDIES, leading, slices_of
 from benchmarks.frontier.toy.tasks import CHANNEL_ORDERS, TASKS, make_task
-from fact_peft import FacTConfig
 
 ROOT = Path(__file__).parents[1]
 SIZES = (40, 20, 30)

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from classification.digits import upright_and_shifted_digits
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from benchmarks.launchers.launching import LAUNCHERS, ROOT, launch
 from fact_peft import load_image_classifier
+
+pytest.importorskip("PIL")
+pytest.importorskip("sklearn")
+pytest.importorskip("torchvision")
+
+from classification.digits import upright_and_shifted_digits
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}  # for its reason see test_launchers.py
 TRAINER = str(ROOT / "examples" / "image_classification.py")

@@ -8,7 +8,6 @@ from backbones import images, logits, make_backbone
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import RandomImages
-from timm.utils import ModelEmaV3
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -103,7 +102,7 @@ def test_an_average_of_weights_is_that_of_the_factors(kind, tmp_path):
     model = adapted()
     decay = 0.9
     if kind == "timm":
-        average = ModelEmaV3(model, decay=decay)
+        average = pytest.importorskip("timm.utils").ModelEmaV3(model, decay=decay)
         update = average.update
     else:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
@@ -135,7 +134,7 @@ def test_an_average_of_weights_is_that_of_the_factors(kind, tmp_path):
 
 
 def test_hyperparameter_search_makes_a_new_adapter_for_every_trial(tmp_path):
-    pytest.importorskip("optuna", reason="an optional backend of hyperparameter_search")
+    pytest.importorskip("optuna", reason="optuna, an optional backend of hyperparameter_search, is missing")
     starts = []
 
     def new_model(trial):
@@ -164,7 +163,7 @@ def test_hyperparameter_search_makes_a_new_adapter_for_every_trial(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # what others deprecate of each other
 def test_lightning_saves_and_resumes_the_adapter_alone(tmp_path, monkeypatch):
-    pytest.importorskip("lightning", reason="a trainer of others, which the package does not need")
+    pytest.importorskip("lightning", reason="lightning, a trainer of others, is missing")
     import lightning_loop as script
 
     rows = [(row["pixel_values"], row["labels"]) for row in (RandomImages()[index] for index in range(24))]

@@ -10,9 +10,7 @@ import pytest
 import torch
 from architectures import VIT
 from peft import PeftModel, get_peft_model
-from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -84,7 +82,9 @@ def save_towers() -> None:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
     """The names there are after each block of the page, given ten handwritten digits as its images."""
-    digits = load_digits()
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
     images = [Image.fromarray((image * 15).astype("uint8")).convert("RGB") for image in digits.images[:10]]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("towers"))

@@ -15,10 +15,16 @@ import huggingface_hub
 import psutil
 import pytest
 import torch
+from transformers import SwinConfig, SwinForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
+
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+
 from PIL import Image
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torchvision.transforms import v2
-from transformers import SwinConfig, SwinForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from benchmarks.paper import few_shot, processes, training, vtab
 from benchmarks.paper.folders import few_shot_annotations, few_shot_images, prepare_vtab_task

@@ -1,7 +1,7 @@
 """Trainable parameters and adapter bytes on the shapes of the paper, from configs alone.
 
     python -m benchmarks.bytes.parameter_counts
-    python -m benchmarks.bytes.parameter_counts --write docs/choosing.md
+    python -m benchmarks.bytes.parameter_counts --write benchmarks/bytes/MEASURED.md
 
 Builds ViT-B/16 and Swin-B without weights, adapts them without the head, and prints the trainable parameters beside
 the paper's counts. The adapter of each is also written to disk to see what a file costs beyond its numbers.

@@ -10,10 +10,10 @@ timm, on the meta device.
 import argparse
 import logging
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import peft
-import timm
 import torch
 import transformers
 from peft import get_peft_model
@@ -53,7 +53,7 @@ def table() -> Iterator[str]:
         yield "| " + " | ".join(row(name, architecture)) + " |"
     yield ""
     yield (
-        f"Default sizes of transformers {transformers.__version__} and timm {timm.__version__}, with peft "
+        f"Default sizes of transformers {transformers.__version__} and timm {version('timm')}, with peft "
         f"{peft.__version__}. The last column counts the factors, not the head that is trained beside them."
     )
 

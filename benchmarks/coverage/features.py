@@ -32,7 +32,6 @@ from peft import (
 from peft.utils.hotswap import hotswap_adapter as hotswap_lora
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import fact_peft
@@ -268,6 +267,8 @@ def checkpoints(method: str, use_reentrant: bool) -> None:
 
 
 def trains_on_int8(method: str) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     base = vit()
     quantize_(base, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "vit." in name)
     model = get_peft_model(base, METHODS[method]())

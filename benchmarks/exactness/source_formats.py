@@ -13,10 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from peft import PeftModel
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 
 from fact_peft import convert_checkpoint
@@ -97,6 +95,8 @@ def authors_tucker(model: nn.Module) -> tuple[dict[str, Tensor], nn.Module]:
 
 def sam() -> nn.Module:
     torch.manual_seed(3)
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
     encoder = ImageEncoderViT(
         img_size=64,
         patch_size=16,
@@ -171,6 +171,8 @@ def micro_sam(model: nn.Module) -> tuple[dict[str, Tensor], nn.Module]:
 
 def vit() -> nn.Module:
     torch.manual_seed(7)
+    import timm
+
     model = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
     nn.init.normal_(model.head.weight)
     return model.double().eval()

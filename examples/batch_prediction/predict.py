@@ -1,4 +1,4 @@
-"""Scores of many adapters for a large collection of images, with Ray Data.
+"""Score a large collection of images with many adapters, on Ray Data.
 
     python examples/batch_prediction/predict.py --backbone google/vit-base-patch16-224-in21k --adapters my-adapters \\
         --images photos --output scores
@@ -43,11 +43,11 @@ class Arguments:
     top: int = field(default=5, metadata={"help": "Number of labels kept of each adapter."})
     batch_size: int = field(default=32, metadata={"help": "Images in one forward pass."})
     workers: int = field(default=1, metadata={"help": "Processes with a model."})
-    gpus_per_worker: float = field(default=0, metadata={"help": "GPUs of each."})
+    gpus_per_worker: float = field(default=0, metadata={"help": "GPUs of each worker."})
 
 
 def prepare(batch: dict[str, np.ndarray], processor: Callable, mode: str) -> dict[str, np.ndarray]:
-    """Pixels (B, channels, height, width) of encoded images. What cannot be decoded gets an error, and zeros."""
+    """Decode images to pixels (B, channels, height, width). If one cannot be decoded, it gets an error and zeros."""
 
     def pixels_of(image: Image.Image) -> np.ndarray:
         return processor(image.convert(mode), return_tensors="np")["pixel_values"][0].astype(np.float32)
@@ -65,7 +65,7 @@ def prepare(batch: dict[str, np.ndarray], processor: Callable, mode: str) -> dic
 
 
 class Classify:
-    """One pass of the backbone over the batch for each adapter, since adapters act in all its layers."""
+    """Passes a batch through the backbone once per adapter, since adapters change all of its layers."""
 
     def __init__(self, backbone: str, adapters: dict[str, str], top: int, device: str) -> None:
         self.device, self.top = device, top
@@ -90,7 +90,7 @@ class Classify:
 
 
 def finished(scores: Path) -> set[str]:
-    """The ids of the images that are done. A file that a killed run was writing is deleted."""
+    """The ids of the images that are finished. A file that a killed run was writing is deleted."""
     done: set[str] = set()
     for file in scores.glob("*.parquet"):
         try:
@@ -101,7 +101,7 @@ def finished(scores: Path) -> set[str]:
 
 
 def read(arguments: Arguments, done: set[str]) -> ray.data.Dataset | None:
-    """The images that are not done, encoded, as columns ``id`` and ``image``; None if there are none."""
+    """The encoded images that are not finished, as columns ``id`` and ``image``; None if there are none."""
     source = Path(arguments.images).resolve()
     if source.suffix == ".parquet" or any(source.glob("*.parquet")):
         names = {arguments.id_column: "id", arguments.image_column: "image"}
@@ -113,7 +113,7 @@ def read(arguments: Arguments, done: set[str]) -> ray.data.Dataset | None:
 
 
 def check_settings(arguments: Arguments, folders: dict[str, Path]) -> None:
-    """Note what the scores are of. Raises ValueError if there are scores of something else, or no adapters."""
+    """Record backbone, adapters and top. Raises a ValueError if the output has scores with others, or no adapters."""
     if not folders:
         raise ValueError(f"--adapters {arguments.adapters} has no folders in it; pass a folder with one per adapter.")
     weights = {name: (folder / "adapter_model.safetensors").read_bytes() for name, folder in folders.items()}
@@ -152,7 +152,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     if "RAY_ADDRESS" in os.environ:
         ray.init()
-    else:  # with so many CPUs that those who read and write never wait for a worker to end
+    else:  # with more CPUs than workers, so that reading and writing never wait for a worker
         ray.init("local", num_cpus=(os.cpu_count() or 1) + arguments.workers, include_dashboard=False)
     predict(arguments)
 

@@ -1,7 +1,7 @@
-"""Resuming a run of transformers' Trainer that may have been killed while it wrote a checkpoint.
+"""Resume a run of transformers' Trainer that may have been killed while it wrote a checkpoint.
 
-The Trainer writes a checkpoint file by file and takes the newest folder for a whole one. This callback marks a
-checkpoint as whole when every file is in it, and notes the settings of the run that wrote it.
+The Trainer writes a checkpoint file by file and resumes from the newest folder, complete or not. This callback marks a
+checkpoint as complete after its last file is written, and records the settings of the run.
 """
 
 import json
@@ -14,17 +14,17 @@ COMPLETE = "complete.json"  # written into a checkpoint last
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Marks whole checkpoints, and finds the last one.
+    """Marks complete checkpoints, and finds the last one.
 
     Args:
-        setting: What the result of the run depends on; values that JSON can hold.
+        setting: All settings that the result of the run depends on, with values that JSON can hold.
     """
 
     def __init__(self, setting: dict[str, Any]) -> None:
         self.setting = json.loads(json.dumps(setting))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint once all processes have written their part."""
+        """Mark the checkpoint when all processes have written their part."""
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -34,7 +34,7 @@ class WholeCheckpoints(TrainerCallback):
             part.replace(folder / COMPLETE)
 
     def last(self, output_dir: str) -> str | None:
-        """The newest whole checkpoint below `output_dir`.
+        """The newest complete checkpoint below `output_dir`; None if there is none.
 
         Raises:
             ValueError: If it was written by a run with another setting.

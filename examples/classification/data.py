@@ -1,4 +1,4 @@
-"""Datasets of images with labels, read and checked for the training scripts."""
+"""Read, check and prepare datasets of labelled images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class Task:
 
     Attributes:
         labels: Names of the classes.
-        several: Whether an image has several labels.
-        weights: Of the classes in the loss.
-        splits: Prepared images: train, validation, test if there is one, and plain, those of train as they are.
+        several: Whether an image may have several labels.
+        weights: Weights of the classes in the loss; None for equal weights.
+        splits: Prepared images: train, validation, maybe test, and plain, which is train without augmentation.
     """
 
     labels: list[str]
@@ -36,12 +36,12 @@ class Task:
 
 
 def read_splits(name: str, data_dir: str | None = None, data_files: Sequence[str] | None = None) -> DatasetDict:
-    """Splits train, validation and, if there is one, test.
+    """The splits train, validation and test of a dataset, as far as it has them.
 
     Args:
         name: Hub name, folder, or builder such as imagefolder or parquet.
         data_dir: Folder of the files for a builder.
-        data_files: Its files, as ``split=path``.
+        data_files: Files for a builder, as ``split=path``.
 
     Raises:
         ValueError: If there is no train split.
@@ -54,7 +54,7 @@ def read_splits(name: str, data_dir: str | None = None, data_files: Sequence[str
 
 
 def find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
-    """Names of the columns of images and of labels.
+    """Names of the image column and the label column.
 
     Raises:
         ValueError: If a named column does not exist, or none was named and there is not exactly one candidate.
@@ -76,12 +76,12 @@ def find_columns(features: Features, image_column: str | None, label_column: str
 
 
 def element(feature: Any) -> Any:
-    """What a list of labels holds, or the label itself."""
+    """The feature of one label, of a column of labels or of lists of labels."""
     return feature.feature if isinstance(feature, List) else feature
 
 
 def class_names(train: Dataset, column: str) -> list[str]:
-    """Names of the classes: as the dataset has them, else the values that its training labels take."""
+    """Names of the classes from the dataset, or else from the values of its training labels."""
     feature = train.features[column]
     if isinstance(element(feature), ClassLabel):
         return list(element(feature).names)
@@ -98,7 +98,7 @@ def class_names(train: Dataset, column: str) -> list[str]:
 
 
 def as_list(labels: Any) -> list[Any]:
-    """The labels of a row: one, or a list of any number."""
+    """The labels of a row as a list."""
     return labels if isinstance(labels, list) else [labels]
 
 
@@ -106,7 +106,7 @@ def with_checked_labels(split: str, dataset: Dataset, column: str, names: list[s
     """The dataset with its labels as indices into `names`.
 
     Raises:
-        ValueError: If there are others.
+        ValueError: If a label is not one of these classes.
     """
     labels = [(row, label) for row, labels in enumerate(dataset[column]) for label in as_list(labels)]
     known = {*names, *range(len(names))}
@@ -122,10 +122,10 @@ def with_checked_labels(split: str, dataset: Dataset, column: str, names: list[s
 
 
 def readable(split: str, dataset: Dataset, column: str, choice: str) -> Dataset:
-    """The dataset without the images that cannot be decoded, which are counted and named.
+    """The dataset without the images that cannot be decoded. They are listed in a warning.
 
     Raises:
-        ValueError: If there are any and `choice` is ``"stop"``.
+        ValueError: If there are any and `choice` is ``"stop"``, or no image is left.
     """
 
     def reason(image: dict[str, Any]) -> str:
@@ -163,13 +163,13 @@ def prepared(
     """Rows of pixel_values and labels, processed when they are read.
 
     Args:
-        dataset: With checked labels.
-        columns: Names of the columns of images and of labels.
-        processor: That of the model.
-        num_labels: Of the head.
-        augment: ``"crop"``: a random resized crop and a flip; ``"randaugment"``: RandAugment too.
+        dataset: A dataset with checked labels.
+        columns: Names of the image column and the label column.
+        processor: Image processor of the model.
+        num_labels: Number of outputs of the head.
+        augment: ``"crop"`` for a random resized crop and a flip, ``"randaugment"`` for RandAugment in addition.
         mixup: Alpha of mixup, which mixes the images of a batch and their labels; 0 is off.
-        cutmix: Alpha of cutmix. With both, either by chance.
+        cutmix: Alpha of cutmix. If both are on, each batch uses one of them, chosen at random.
     """
     size = processor(PILImage.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2:]
     steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if augment != "none" else []
@@ -195,7 +195,7 @@ def prepared(
 
 
 def balanced_weights(train: Dataset, column: str, num_labels: int) -> Tensor:
-    """Of each class by the inverse of its frequency; of several labels, of its presence against its absence."""
+    """The inverse frequency of each class; with several labels per image, absences over presences of each label."""
     labels = train[column][:]
     if isinstance(train.features[column], List):
         counts = torch.bincount(torch.tensor([label for row in labels for label in set(row)]), minlength=num_labels)
@@ -207,10 +207,10 @@ def read_task(splits: dict[str, Dataset], columns: tuple[str, str], args: Any, t
     """Check the data and prepare it for the model.
 
     Args:
-        splits: As `read_splits` gives them.
-        columns: As `find_columns` does.
-        args: Those of examples/image_classification.py.
-        training: Whose seed splits off validation images if there are none.
+        splits: The result of `read_splits`.
+        columns: The result of `find_columns`.
+        args: The arguments of examples/image_classification.py.
+        training: Its seed is used to split off validation images if the dataset has none.
     """
     labels = class_names(splits["train"], columns[1])
     with training.main_process_first(desc="checking the data"):

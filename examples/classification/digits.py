@@ -1,4 +1,4 @@
-"""The task of examples/image_classification.py when it is given none, and the small ViT that it adapts."""
+"""The default task of examples/image_classification.py, and the small ViT that it adapts."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 
 def upright_and_shifted_digits() -> tuple[Dataset, DatasetDict]:
-    """900 digits to pretrain on; others inverted and rotated by 90 degrees, 40 a class to train and validate on."""
+    """900 digits to pretrain on, and inverted and rotated other digits, 40 per class to train and validate on."""
     pixels, labels = load_digits(return_X_y=True)
     pixels = (pixels.reshape(-1, 8, 8) * 15).astype("uint8")
     order = np.random.default_rng(0).permutation(len(labels))
@@ -27,7 +27,7 @@ def upright_and_shifted_digits() -> tuple[Dataset, DatasetDict]:
 
 
 def pretrain(folder: Path, upright: Dataset) -> None:
-    """Train a small ViT from scratch and save it, without its head, and its image processor; unless this was done."""
+    """Train a small ViT and save it without its head, with its image processor, unless `folder` already exists."""
     if folder.exists():
         return
     shape = {"image_size": 8, "patch_size": 4, "hidden_size": 64, "intermediate_size": 256, "hidden_act": "relu"}

@@ -1,4 +1,4 @@
-"""The loss and the metrics of an image classifier, a report per class, and a picture."""
+"""Loss and metrics of an image classifier, with a report per class and plots."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from transformers import EvalPrediction, Trainer
 
 
 class ImageTrainer(Trainer):
-    """Cross-entropy of classes or of mixtures of them, binary of several labels; with weights of the classes."""
+    """Weighted cross-entropy, also for mixed labels; binary cross-entropy if an image may have several labels."""
 
     class_weights: Tensor | None = None
-    loss_is_scaled_for_ga = False  # a mean of the batch
+    loss_is_scaled_for_ga = False  # the loss is the mean over the batch
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -40,7 +40,7 @@ class ImageTrainer(Trainer):
 
 
 def scores_of(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and macro F1; of several labels mean average precision (of the classes that occur) and macro F1."""
+    """Accuracy and macro F1; for several labels, mean average precision over the classes that occur, and macro F1."""
     predicted, labels = prediction.predictions, prediction.label_ids
     if labels.ndim == 1:
         macro_f1 = f1_score(labels, predicted, average="macro", zero_division=0)
@@ -55,10 +55,10 @@ def write_reports(folder: Path, prediction: EvalPrediction, names: list[str], hi
     """Write report.txt, confusion.csv and picture.png.
 
     Args:
-        folder: Where.
-        prediction: Classes, or logits of several labels, and the true ones.
-        names: Of the classes.
-        history: What the Trainer logged.
+        folder: Where to write.
+        prediction: Predicted classes, or logits if an image may have several labels, and the true labels.
+        names: Names of the classes.
+        history: The log of the Trainer.
     """
     predicted, labels = prediction.predictions, prediction.label_ids
     figure = Figure(figsize=(15, 5), layout="constrained")
@@ -99,5 +99,5 @@ def write_reports(folder: Path, prediction: EvalPrediction, names: list[str], hi
 
 
 def percent(metric: str, value: float) -> str:
-    """A metric for a reader; a loss is no share."""
+    """A metric as text: in per cent, except for a loss."""
     return f"{value:.4f}" if metric.endswith("loss") else f"{100 * value:.1f} %"

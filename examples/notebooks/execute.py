@@ -1,9 +1,9 @@
-"""Executes the notebooks and writes them back with what they print and draw.
+"""Execute the notebooks and write them back with their outputs.
 
     python examples/notebooks/execute.py                        # all of them
     python examples/notebooks/execute.py fine_tune_look_share
 
-What a package at hand warns about, on importing or later, is left out, and when a cell was run.
+Warnings of installed packages and the times at which cells ran are left out.
 """
 
 import os
@@ -35,7 +35,7 @@ def executed(file: Path, folder: Path) -> nbformat.NotebookNode:
 
 
 def is_warning(output: nbformat.NotebookNode) -> bool:
-    """Whether a package has it logged, to standard error or, as DeepSpeed, to standard output."""
+    """Whether an output is the log of a package, on standard error or, as DeepSpeed does it, on standard output."""
     return output.get("name") == "stderr" or "] [WARNING] [" in output.get("text", "")
 
 

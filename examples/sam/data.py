@@ -1,4 +1,4 @@
-"""Images with masks for a SAM: read and checked, with a box for every object."""
+"""Read and check images with masks for a SAM, and compute a box for every object."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,14 +17,14 @@ Rows = Sequence[Row] | Dataset
 def read_dataset(
     name: str, data_dir: str | None = None, image_column: str = "image", mask_column: str = "mask", seed: int = 0
 ) -> tuple[Dataset, Dataset]:
-    """Rows to train on, and held-out rows, without the images in which nothing is marked.
+    """Rows to train on, and held-out rows. Images with an empty mask are left out.
 
     Args:
         name: Hub name, folder, or builder such as imagefolder.
         data_dir: Folder of the files for a builder.
         image_column: Column of the images.
         mask_column: Column of the masks.
-        seed: Of the split of a dataset without a test or validation split, else of the order of the held-out rows.
+        seed: Seed of the split if the dataset has no test or validation split, else of the order of the held-out rows.
 
     Raises:
         ValueError: If a column is missing.
@@ -54,10 +54,10 @@ def at_most(count: int | None, rows: Rows) -> Rows:
 
 
 def mask_of(row: Row) -> np.ndarray:
-    """The mask of a row, (height, width), int32.
+    """The mask (height, width) of a row, int32.
 
     Raises:
-        ValueError: If it has colours, or another size than the image.
+        ValueError: If the mask has colours, or another size than the image.
     """
     mask = np.asarray(row["mask"])
     if mask.ndim == 3 and (mask[..., :3] == mask[..., :1]).all():  # grey, stored as colours
@@ -72,7 +72,7 @@ def mask_of(row: Row) -> np.ndarray:
 
 
 def objects(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the objects of a mask, (N,), and their boxes (left, top, right, bottom), (N, 4), in pixels."""
+    """The numbers (N,) of the objects in a mask, and their boxes (N, 4) in pixels: left, top, right, bottom."""
     numbers = np.unique(mask[mask != 0])
     places = [np.nonzero(mask == number) for number in numbers]
     boxes = [[x.min(), y.min(), x.max() + 1, y.max() + 1] for y, x in places]
@@ -80,11 +80,11 @@ def objects(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Batches:
-    """Makes a batch of images, each with as many boxes, and the true masks of what is in them.
+    """Makes batches of images with the same number of boxes each, and the true masks of the objects in the boxes.
 
     Args:
-        processor: The model's, which scales images, boxes and masks.
-        boxes_per_image: Objects drawn from every image; from an image with fewer, some more than once.
+        processor: Processor of the model, which scales images, boxes and masks.
+        boxes_per_image: Number of objects drawn from every image. If it has fewer, some are drawn more than once.
     """
 
     def __init__(self, processor: SamProcessor, boxes_per_image: int) -> None:
@@ -99,7 +99,7 @@ class Batches:
             order = torch.randperm(len(found)).repeat(-(-self.boxes_per_image // len(found)))
             chosen = order[: self.boxes_per_image].numpy()
             numbers.append(found[chosen])
-            # Off by up to a tenth of their sides, since nobody draws them exactly.
+            # Shifted by up to a tenth of their sides, since boxes drawn by people are not exact.
             sides = np.tile(places[chosen, 2:] - places[chosen, :2], 2)
             boxes.append(places[chosen] + sides * (torch.rand(sides.shape).numpy() - 0.5) / 5)
         inputs = self.processor(

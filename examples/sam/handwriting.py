@@ -1,4 +1,4 @@
-"""The task of examples/segmentation.py when it is given none, and the tiny SAM that it adapts."""
+"""The default task of examples/segmentation.py, and the tiny SAM that it adapts."""
 
 import numpy as np
 from PIL import Image as PILImage
@@ -15,7 +15,7 @@ def scene(background: np.ndarray, stamps: list[np.ndarray], rng: np.random.Gener
 
     Args:
         background: (SIZE, SIZE, 3), from 0 to 255.
-        stamps: Four opacities, (SIZE / 2, SIZE / 2), from 0 to 1; what is over a half belongs to the object.
+        stamps: Four opacities (SIZE / 2, SIZE / 2), from 0 to 1. Pixels above one half belong to the object.
         rng: Chooses the colours.
     """
     image, mask, half = background.astype(float), np.zeros((SIZE, SIZE), dtype="uint8"), SIZE // 2
@@ -29,7 +29,7 @@ def scene(background: np.ndarray, stamps: list[np.ndarray], rng: np.random.Gener
 
 
 def plain_shapes(count: int, rng: np.random.Generator) -> list[Row]:
-    """Filled ellipses and polygons of one colour on another, with noise."""
+    """Images of filled ellipses and polygons of one colour on another, with noise."""
 
     def shape() -> np.ndarray:
         side = SIZE // 2
@@ -50,7 +50,7 @@ def plain_shapes(count: int, rng: np.random.Generator) -> list[Row]:
 
 
 def handwriting(num_train: int, num_test: int, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
-    """Handwritten digits on photographs; for testing, other digits on the other halves of the photographs."""
+    """Images of digits on photographs, to train on and to test on. The latter have other digits on other halves."""
     digits = load_digits().images.astype("float32") / 16
     digits = digits[rng.permutation(len(digits))]
     photos = load_sample_images().images
@@ -68,7 +68,7 @@ def handwriting(num_train: int, num_test: int, rng: np.random.Generator) -> tupl
         for index in range(count):
             photo = photos[index % len(photos)]
             photo = np.split(photo[:, : photo.shape[1] // 2 * 2], 2, axis=1)[half]
-            zoom = rng.integers(1, 4)  # how many pixels of the photograph become one
+            zoom = rng.integers(1, 4)  # every so many pixels of the photograph, one is kept
             top, left = (rng.integers(0, side - zoom * SIZE) for side in photo.shape[:2])
             background = photo[top : top + zoom * SIZE : zoom, left : left + zoom * SIZE : zoom]
             first = first_digit + 4 * index

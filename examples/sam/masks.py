@@ -1,4 +1,4 @@
-"""What a SAM finds in the boxes of objects, how good that is, and pictures of it."""
+"""The masks that a SAM predicts for boxes, their Dice scores, and pictures of them."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ Model = SamModel | PeftModel
 
 
 def loss_of(logits: Tensor, truth: Tensor) -> Tensor:
-    """Binary cross-entropy plus 1 - Dice of the probabilities, mean over objects; both (B, N, height, width)."""
+    """Binary cross-entropy plus 1 - Dice, averaged over objects. Both arguments are (B, N, height, width)."""
     probability = logits.sigmoid()
     overlap = 2 * (probability * truth).sum((-2, -1)) + 1
     soft_dice = overlap / (probability.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
@@ -29,7 +29,7 @@ def loss_of(logits: Tensor, truth: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict(model: Model, row: Row, processor: SamProcessor) -> Tensor:
-    """Logits (N, height, width) of the masks that the model finds in the box of each object; positive is inside."""
+    """Logits (N, height, width) of the masks predicted for the boxes of N objects. Positive means inside."""
     _, boxes = objects(mask_of(row))
     model.eval()
     inputs = processor(images=to_rgb(row["image"]), input_boxes=[boxes.tolist()], return_tensors="pt")
@@ -45,7 +45,7 @@ def predict(model: Model, row: Row, processor: SamProcessor) -> Tensor:
 
 
 def truth_of(row: Row) -> Tensor:
-    """True masks (N, height, width) of the objects, in the order of `predict`."""
+    """True masks (N, height, width) of the objects in the order of `predict`."""
     mask = mask_of(row)
     return torch.as_tensor(mask == objects(mask)[0][:, None, None])
 

@@ -1,11 +1,11 @@
-"""A SAM of transformers for the tools that open files of the package segment_anything."""
+"""Convert a SAM of transformers for the tools that open files of the package segment_anything."""
 
 import re
 
 from torch import Tensor
 from transformers import SamModel
 
-# What transformers calls the parts of a SAM, and segment_anything; in this order.
+# From names of transformers to names of segment_anything. The patterns are applied in this order.
 SEGMENT_ANYTHING = {
     r"^shared_image_embedding\.positional_embedding": "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
     r"^vision_encoder\.layers": "image_encoder.blocks",
@@ -32,7 +32,7 @@ SEGMENT_ANYTHING = {
 
 
 def segment_anything_weights(sam: SamModel) -> dict[str, Tensor]:
-    """The weights of a SAM under the names of the package segment_anything, in which most tools want them."""
+    """The weights of a SAM under the names of the package segment_anything, which most tools expect."""
     renamed = {}
     for name, weight in sam.state_dict().items():
         for pattern, replacement in SEGMENT_ANYTHING.items():

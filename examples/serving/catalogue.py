@@ -1,12 +1,12 @@
-"""Which adapters the service has: one file that every replica reads, so that a change reaches all of them.
+"""The list of adapters that the service has, in one file that every replica reads.
 
     STATE/backbone.txt          the model that these adapters belong to
     STATE/manifest.json         {"digits": {"files": "5f0c...", "source": "digits"}, ...}
-    STATE/files/5f0c.../        the adapter's files, copied, under a name that follows from what is in them
+    STATE/files/5f0c.../        a copy of the adapter's files, under a name computed from their contents
 
-An entry never changes: a new version of an adapter is another folder. So every replica that reads the manifest, today
-or after it was killed, loads the same bytes, whatever has become of the place they came from. On a cluster STATE lies
-on a file system that all machines share.
+A folder of files never changes, since a new version of an adapter is another folder. So every replica that reads the
+manifest, also after a restart, loads the same bytes, even if the original files have changed. On a cluster STATE must
+be on a file system that all machines share.
 """
 
 import fcntl
@@ -26,11 +26,11 @@ PROCESSOR_FILE = "preprocessor_config.json"
 
 class Entry(NamedTuple):
     files: str  # name of the folder in STATE/files
-    source: str  # where it came from, for people
+    source: str  # where it came from, for display
 
 
 class Catalogue:
-    """The adapters in the folder `state`. Writers exclude each other, in whatever process; readers never wait."""
+    """The adapters in the folder `state`. Writers in all processes exclude each other; readers never wait."""
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -38,10 +38,10 @@ class Catalogue:
         (state / "files").mkdir(parents=True, exist_ok=True)
 
     def claim(self, backbone: str) -> None:
-        """Say which model the adapters are for, the first time; afterwards make sure that it is the same.
+        """Record the model that the adapters are for, or check that it is the recorded one.
 
         Raises:
-            ValueError: If it is another one.
+            ValueError: If another model was recorded.
         """
         file = self.state / "backbone.txt"
         if not file.exists():
@@ -53,7 +53,7 @@ class Catalogue:
             )
 
     def stamp(self) -> tuple[int, int] | None:
-        """Differs after every change; None as long as there was none."""
+        """A value that differs after every change; None before the first one."""
         try:
             status = self.manifest.stat()
         except FileNotFoundError:
@@ -71,9 +71,9 @@ class Catalogue:
         return self.state / "files" / entry.files
 
     def put(self, name: str, adapter: Path, source: str, check: Callable[[Path], object] = bool) -> Entry:
-        """Copy the adapter's files and give it its name, in place of an earlier one.
+        """Copy the adapter's files and record it under `name`, in place of an earlier adapter.
 
-        What `check` raises about the copy leaves everything as it was.
+        If `check` raises an exception for the copy, nothing changes.
         """
         with self._writing():
             entries = self.read()
@@ -86,7 +86,7 @@ class Catalogue:
             return entries[name]
 
     def remove(self, name: str) -> None:
-        """Forget an adapter and its files.
+        """Remove an adapter and its files.
 
         Raises:
             KeyError: If there is none of this name.
@@ -104,7 +104,7 @@ class Catalogue:
             yield
 
     def _copy(self, adapter: Path) -> str:
-        """Only what an adapter consists of, and only as data: safetensors and JSON."""
+        """Copy only the files that an adapter consists of, which are data: safetensors and JSON."""
         part = self.state / "files" / f".{uuid4().hex}"
         part.mkdir()
         digest = hashlib.sha256()
@@ -127,7 +127,7 @@ class Catalogue:
         part.replace(self.manifest)
 
     def _sweep(self) -> None:
-        """Delete the files that no name stands for any more."""
+        """Delete the files that no entry uses any more."""
         used = {entry.files for entry in self.read().values()}
         for folder in (self.state / "files").iterdir():
             if folder.name not in used:

@@ -1,6 +1,6 @@
-"""What the service shows without arguments: a small ViT and three adapters, trained on scikit-learn's digits.
+"""What the service serves without arguments: a small ViT and three adapters, trained on scikit-learn's digits.
 
-Trained once, in half a minute on two CPU cores; after that it lies in the folder.
+Training takes half a minute on two CPU cores. It is done once, and the results are kept in the folder.
 """
 
 import sys
@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from quickstart import accuracy, train
 
 NUM_TRAINING = 1300
-# For every adapter its class names, and the class of each digit from 0 to 9.
+# For every adapter, its class names and the class of each digit from 0 to 9.
 TASKS = {
     "digit": ("zero one two three four five six seven eight nine".split(), list(range(10))),
     "parity": (["even", "odd"], [0, 1] * 5),
@@ -29,7 +29,7 @@ TASKS = {
 
 
 def prepare(folder: Path, epochs: int = 10) -> Path:
-    """Train what is missing below `folder`: ``backbone/``, ``adapters/`` and ``images/`` to try it with.
+    """Make ``backbone/``, ``adapters/`` and ``images/`` to try them with in `folder`, unless they are there.
 
     Returns:
         The folder of the backbone.
@@ -65,14 +65,14 @@ def prepare(folder: Path, epochs: int = 10) -> Path:
 
 
 def draw() -> tuple[list[Image.Image], Tensor]:
-    """The digits, light on dark, enlarged to 64 x 64 pixels, and which they are."""
+    """Images of the digits, light on dark, enlarged to 64 x 64 pixels, and their labels."""
     pixels, digits = load_digits(return_X_y=True)
     small = (pixels.reshape(-1, 8, 8) / 16 * 255).astype("uint8")
     return [Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC) for image in small], torch.tensor(digits)
 
 
 def pretrained(images: Tensor, labels: Tensor, epochs: int) -> PreTrainedModel:
-    """A ViT that tells the digits apart. Only what it sees in them is kept; every adapter brings a head of its own."""
+    """A ViT trained to classify digits. The service does not use its head, since every adapter has its own."""
     config = ViTConfig(
         image_size=16,
         patch_size=4,

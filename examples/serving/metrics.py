@@ -1,4 +1,4 @@
-"""What Ray Serve counts, in Prometheus' text format."""
+"""The metrics of Ray Serve in the text format of Prometheus."""
 
 from urllib.request import urlopen
 
@@ -10,7 +10,7 @@ def exposition() -> str:
 
     Replicas report to the agent of their machine every ten seconds.
     """
-    families: dict[str, list[str]] = {}  # the lines of each metric, which must stand together
+    families: dict[str, list[str]] = {}  # the lines of each metric, which must be consecutive
     for node in ray.nodes():
         if node["Alive"]:
             url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

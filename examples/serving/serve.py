@@ -1,10 +1,10 @@
-"""One vision transformer, any number of adapters, one service.
+"""Serve any number of adapters on one vision transformer.
 
     python examples/serving/serve.py                                          # a ViT and adapters trained on digits
     python examples/serving/serve.py --backbone google/vit-base-patch16-224-in21k --adapters my-adapters --replicas 2
 
-starts Ray on this machine; with RAY_ADDRESS set, the same command deploys to that cluster. `serve run serve:build
-replicas=2` in this folder does so too. README.md beside this file shows what to ask the service, and its answers.
+starts Ray on this machine. With RAY_ADDRESS set, the same command deploys to that cluster, and so does `serve run
+serve:build replicas=2` in this folder. README.md beside this file shows requests and answers.
 """
 
 import json
@@ -33,7 +33,7 @@ def build(arguments: Settings | dict) -> Application:
         settings.backbone = str(digits.prepare(OUTPUTS.resolve()))
     catalogue = Catalogue(Path(settings.state))
     catalogue.claim(settings.backbone)
-    if catalogue.stamp() is None:  # the first start; afterwards PUT and DELETE have the say
+    if catalogue.stamp() is None:  # the first start; afterwards only PUT and DELETE change the adapters
         put_all(catalogue, settings)
     print(f"Serving {', '.join(catalogue.read()) or 'no adapters yet'} from {settings.state}", flush=True)
     ignored = sorted({folder.name for folder in folders(settings)} - catalogue.read().keys())
@@ -49,7 +49,7 @@ def folders(settings: Settings) -> list[Path]:
 
 
 def put_all(catalogue: Catalogue, settings: Settings) -> None:
-    """Every adapter in the folder, under the name of its own folder. Whether it fits is for the replicas to say."""
+    """Record every adapter in the folder under the name of its own folder. The replicas check whether it fits."""
     processor = json.loads(AutoImageProcessor.from_pretrained(settings.backbone).to_json_string())
     for adapter in folders(settings):
         try:
@@ -67,14 +67,14 @@ def start_ray(settings: Settings) -> None:
     else:
         num_cpus = max(os.cpu_count() or 1, settings.replicas)
         local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        ray.init("local", runtime_env=code, num_cpus=num_cpus, **local)  # else Ray joins one that runs here
+        ray.init("local", runtime_env=code, num_cpus=num_cpus, **local)  # without "local" Ray joins a running one
 
 
 def main() -> None:
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
     application = build(settings)
     start_ray(settings)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # after Ray's own: leave as with Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # replaces Ray's handler: exit as with Ctrl-C
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(application, logging_config={"enable_access_log": False})

@@ -1,4 +1,4 @@
-"""A pool of adapters that holds what the catalogue says, whoever changed it."""
+"""A pool that always holds the adapters of the catalogue."""
 
 import logging
 import threading
@@ -14,29 +14,29 @@ logger = logging.getLogger("ray.serve")
 
 
 class ServedPool:
-    """One replica's pool. It looks at the manifest before every batch, which costs one `stat` as long as none changed.
+    """The pool of one replica. It checks the manifest before every batch, which costs one `stat` if nothing changed.
 
     Args:
-        pool: Takes the adapters.
-        catalogue: Says which.
-        device: Where the pool wants its pixels.
+        pool: The pool to load adapters into.
+        catalogue: The adapters to load.
+        device: Device of the pool's model.
     """
 
     def __init__(self, pool: AdapterPool, catalogue: Catalogue, device: torch.device | str = "cpu") -> None:
         self.pool, self.catalogue, self.device = pool, catalogue, device
-        self.lock = threading.Lock()  # between those who bring the pool up to date and those who use it
-        self.stamp: object = self  # unlike that of any manifest
-        self.entries: dict[str, Entry] = {}  # what the manifest said when the pool was last brought up to date
+        self.lock = threading.Lock()  # held while the pool is updated or used
+        self.stamp: object = self  # differs from the stamp of any manifest
+        self.entries: dict[str, Entry] = {}  # the manifest at the last update of the pool
         self.loaded: dict[str, Entry] = {}
         self.failed: dict[str, str] = {}
         self.follow()
 
     def known(self) -> dict[str, Entry]:
-        """The manifest as it is now."""
+        """The current manifest."""
         return self.entries if self.catalogue.stamp() == self.stamp else self.catalogue.read()
 
     def classify(self, items: list[tuple[Tensor, str]]) -> list[Prediction | Refused]:
-        """One pass over pairs of pixels (channels, height, width) and adapter."""
+        """Classify pairs of pixels (channels, height, width) and adapter in one pass."""
         with self.lock:
             self.follow()
             present = [index for index, (_, name) in enumerate(items) if name in self.loaded]
@@ -57,8 +57,8 @@ class ServedPool:
             return self.pool.increment_norms(name)
 
     def health(self) -> dict:
-        """Does the pool hold every adapter of the manifest? Never waits for a batch, which has just brought it up to
-        date."""
+        """Whether the pool has every adapter of the manifest. If a batch is running, this does not wait for it, since
+        the batch has just updated the pool."""
         if self.lock.acquire(blocking=False):
             try:
                 self.follow()
@@ -68,7 +68,7 @@ class ServedPool:
         return {"status": "incomplete" if self.failed else "ok", **counts}
 
     def follow(self) -> None:
-        """Bring the pool to what the manifest says, and again if that has changed meanwhile."""
+        """Update the pool to the manifest, and again if the manifest has changed meanwhile."""
         while (stamp := self.catalogue.stamp()) != self.stamp:
             entries = self.catalogue.read()
             for name in self.loaded.keys() - entries.keys():
@@ -91,7 +91,7 @@ class ServedPool:
         del self.loaded[name]
 
     def why_not(self, name: str) -> Refused:
-        """For an adapter that the manifest had when the request came, and the pool has not."""
+        """The answer for an adapter that was in the manifest when the request came, and is not in the pool."""
         if name in self.failed:
             return Refused(503, f"The adapter {name!r} could not be loaded: {self.failed[name]}")
         return Refused(404, f"The adapter {name!r} was deleted while the request was waiting.")

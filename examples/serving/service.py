@@ -1,4 +1,4 @@
-"""The deployment: HTTP around a pool of adapters, with one batch for requests of all adapters."""
+"""The deployment: HTTP around a pool of adapters. Requests for different adapters share a batch."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ MAX_WAITING = 512  # pairs of image and adapter in one replica; more are refused
 app = FastAPI(title="Adapters on one vision transformer", redoc_url=None)
 Token = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
 
-# Bodies are read by hand, to limit their length and the time they take, so that FastAPI has to be told about them.
+# Bodies are read without FastAPI, to limit their length and the time they take, so they are documented here.
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"file": BINARY}, "required": ["file"]}
 IMAGES = {f"image/{kind.lower()}": {"schema": BINARY} for kind in FORMATS}
@@ -44,7 +44,7 @@ SOURCE_BODY = {
 @app.exception_handler(Refused)
 async def refuse(_: Request, refused: Refused) -> JSONResponse:
     text = refused.reason.encode(errors="backslashreplace").decode()  # it may quote what is not UTF-8
-    # After a request that was not read to its end, the connection cannot carry another one.
+    # If a request was not read to its end, the connection cannot be used for another one.
     return JSONResponse({"detail": text}, refused.status, {"Connection": "close"} if refused.status == 408 else None)
 
 
@@ -75,17 +75,17 @@ def unknown(name: str) -> Refused:
     return Refused(404, f"No adapter is called {name!r}; GET /adapters lists all.")
 
 
-# Ray Serve copies the class as it stands here: what it uses of this file is above. Requests that are still arriving
-# take no more than a coroutine each, so that thousands are let in, and /health is never behind them in a queue.
+# Ray Serve pickles the class here, so everything in this file that it uses is defined above. A request that is still
+# arriving costs only a coroutine. Therefore thousands are accepted, and /health never waits behind them in a queue.
 @serve.deployment(max_ongoing_requests=10_000, max_queued_requests=1000, health_check_period_s=2)
 @serve.ingress(app)
 class Service:
     """One replica.
 
     Args:
-        settings: What the service was told.
-        token: What changing adapters needs, if anything.
-        make_pool: Puts a pool on the frozen model; benchmarks put other things there.
+        settings: Settings of the service.
+        token: Bearer token that is needed to change adapters; None if none is needed.
+        make_pool: Makes the pool on the frozen model. Benchmarks pass other functions.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Service:
         adapter: Annotated[list[str], Query(default_factory=list, description="Name of an adapter; may be repeated.")],
         top: Annotated[int, Query(ge=1, description="Number of labels in the answer.")] = 10,
     ) -> dict:
-        """Labels and scores of an image for each adapter: send the file as the body, or as ``file`` of a form."""
+        """Labels and scores of an image for each adapter. Send the file as the body, or as ``file`` of a form."""
         names = check_adapters(adapter, self.pool.known())
         data = await read_body(request, self.settings.max_body_bytes, self.settings.read_timeout)
         if self.waiting + len(names) > MAX_WAITING:
@@ -137,7 +137,7 @@ class Service:
 
     @app.get("/adapters/{name:path}")
     def show_adapter(self, name: str) -> dict:
-        """Its labels, and where it acts: ||dW|| by block and matrix."""
+        """The labels of an adapter, and ||dW|| by block and matrix."""
         entry = self.pool.known().get(check_name(name))
         if entry is None:
             raise unknown(name)
@@ -155,7 +155,7 @@ class Service:
 
     @app.put("/adapters/{name:path}", openapi_extra=SOURCE_BODY)
     async def put_adapter(self, name: str, request: Request, token: Token) -> dict:
-        """Load an adapter, or a new version of it, into all replicas. One that does not fit changes nothing."""
+        """Load an adapter, or a new version of it, into all replicas. If it does not fit, nothing changes."""
         check_token(token and token.credentials, self.token)
         check_name(name)
         body = await read_body(request, MAX_SOURCE_BYTES, self.settings.read_timeout)
@@ -172,7 +172,7 @@ class Service:
 
     @app.get("/health")
     def health(self) -> JSONResponse:
-        """The replica that happens to answer: whether it has all adapters, and what it has done."""
+        """Whether the replica that answers has all adapters, and its counters."""
         health = self.pool.health()
         counts = {"waiting": self.waiting, "batches": self.num_batches, "pairs": self.num_pairs}
         own = {"replica": self.replica, "pid": os.getpid(), "pool": self.pool.pool.stats(), **counts}
@@ -180,20 +180,20 @@ class Service:
 
     @app.get("/metrics")
     def metrics(self) -> PlainTextResponse:
-        """What Ray Serve counts on all machines: requests by status, latencies, batches."""
+        """The metrics of Ray Serve on all machines: requests by status, latencies, batches."""
         return PlainTextResponse(exposition(), media_type="text/plain; version=0.0.4")
 
     async def classify_in_turn(self, pixels: Tensor, name: str) -> Prediction | Refused:
-        """Join the batch after the one that runs.
+        """Wait until no batch is running, then join the next one.
 
-        `serve.batch` alone closes a batch after `batch_wait` seconds, also while another runs: many small ones.
+        Without the wait, `serve.batch` would close a batch every `batch_wait` seconds, and make many small ones.
         """
         await self.idle.wait()
         return await self.classify((pixels, name))
 
     @serve.batch
     async def classify(self, items: list[tuple[Tensor, str]]) -> list[Prediction | Refused]:
-        """Pairs of pixels (channels, height, width) and adapter, of whatever requests are waiting."""
+        """Classify the pairs of pixels (channels, height, width) and adapter of all waiting requests."""
         self.idle.clear()
         self.num_batches += 1
         self.num_pairs += len(items)
@@ -203,7 +203,7 @@ class Service:
             self.idle.set()
 
     def prepare(self, data: bytes) -> Tensor:
-        """Pixels (channels, height, width) of an encoded image, as the model wants them."""
+        """Decode and preprocess an image to pixels (channels, height, width)."""
         return self.pixels_of(decode_image(data, self.settings.max_pixels))
 
     def pixels_of(self, image: Image.Image) -> Tensor:
@@ -219,7 +219,7 @@ class Service:
         return {"name": name, "source": described, "replaced": replaced}
 
     def try_loading(self, name: str, folder: Path) -> None:
-        """Refuse what the pool refuses, and what says nothing of a black image, under a name no request can have."""
+        """Try an adapter on a black image, under a name that no request can use, and refuse it if that fails."""
         check_files(folder, json.loads(self.processor.to_json_string()))
         try:
             self.pool.pool.load(name, folder)

@@ -1,4 +1,4 @@
-"""What the service can be told, on the command line or as ``serve run serve:build replicas=2 backbone=...``."""
+"""Settings of the service, for the command line or ``serve run serve:build replicas=2 backbone=...``."""
 
 import hashlib
 import os
@@ -43,10 +43,10 @@ class Settings:
     read_timeout: float = field(default=10.0, metadata={"help": "Seconds in which a request must have arrived."})
 
     def __post_init__(self) -> None:
-        """Paths become absolute, since replicas run in another folder.
+        """Make paths absolute, since replicas run in another folder.
 
         Raises:
-            ValueError: If the service would let everyone on the network change its adapters.
+            ValueError: If everyone on the network could change the adapters.
         """
         if self.backbone and Path(self.backbone).is_dir():
             self.backbone = str(Path(self.backbone).resolve())
@@ -63,12 +63,12 @@ class Settings:
 
 
 def folder_of(backbone: str | None) -> str:
-    """A folder's name for the state of a backbone: readable, and different for different ones."""
+    """A readable and unique name for the folder with the state of a backbone."""
     if backbone is None:
         return "digits"
     return f"{Path(backbone).name}-{hashlib.sha256(backbone.encode()).hexdigest()[:8]}"
 
 
 def token() -> str | None:
-    """The bearer token; from the environment, since command lines are visible to all users of a machine."""
+    """The bearer token. It is read from the environment, since all users of a machine can see command lines."""
     return os.environ.get("SERVING_TOKEN")

@@ -1,4 +1,4 @@
-"""Where PUT may take an adapter from: one folder of this machine, and Hub owners that were named at the start."""
+"""The sources from which PUT loads adapters: one folder of this machine, and owners on the Hub named at the start."""
 
 import json
 import re
@@ -15,7 +15,7 @@ HUB_ID = re.compile(r"([\w.-]+)/[\w.-]+")
 
 
 class Source(BaseModel):
-    """Body of PUT: one of both, with a branch, tag or commit of a repository on the Hub."""
+    """Body of PUT: either a folder, or a repository on the Hub with a branch, tag or commit."""
 
     folder: str | None = None
     hub: str | None = None
@@ -33,7 +33,7 @@ def check_source(body: bytes) -> Source:
 
 
 def from_folder(name: str, allowed: Path | None) -> tuple[Path, str]:
-    """A folder below `allowed`, in which the files lie too when links are followed, and what to call it."""
+    """A folder inside `allowed`, and its name for display. Links must not lead outside `allowed`."""
     if allowed is None:
         raise Refused(403, "This service loads from no folder: it was started without --adapters.")
     outside = Refused(403, f"folder={name!r} is not inside the folder of adapters that this service loads from.")
@@ -45,22 +45,22 @@ def from_folder(name: str, allowed: Path | None) -> tuple[Path, str]:
             raise Refused(404, f"folder={name!r} is not there, in the folder of adapters that this service loads from.")
         if any(root not in (folder / file).resolve().parents for file in MAX_FILE_BYTES):
             raise outside
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, links in a circle, a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, a cycle of links, a NUL
         raise Refused(422, f"folder={name[:100]!r} cannot be the name of a folder.") from error
     return checked(folder, name), name
 
 
 def from_hub(repo_id: str, revision: str | None, owners: list[str]) -> tuple[Path, str]:
-    """A repository of one of the `owners`; only its safetensors and JSON are downloaded."""
+    """A downloaded repository of one of the `owners`, with safetensors and JSON only, and its name for display."""
     matched = HUB_ID.fullmatch(repo_id)
     if not matched or matched[1] not in owners:
         allowed = f"loads from {', '.join(owners)} only" if owners else "loads from nobody there"
         raise Refused(403, f"hub={repo_id!r}: name a repository of the Hub as owner/name; this service {allowed}.")
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*ADAPTER_FILES, PROCESSOR_FILE]))
-    except Exception as error:  # whatever network, Hub and disk come up with: the adapter could not be had
+    except Exception as error:  # network, Hub and disk fail in many ways
         raise Refused(424, f"hub={repo_id!r}, revision={revision!r} could not be downloaded: {error}") from error
-    return checked(folder, repo_id), f"{repo_id}@{folder.name}"  # a snapshot's folder is called as its commit
+    return checked(folder, repo_id), f"{repo_id}@{folder.name}"  # the folder of a snapshot has the name of its commit
 
 
 def checked(folder: Path, name: str) -> Path:
@@ -74,9 +74,9 @@ def checked(folder: Path, name: str) -> Path:
 
 
 def check_files(adapter: Path, expected: dict) -> None:
-    """Refuse what the service could not answer with.
+    """Refuse an adapter that the service cannot use.
 
-    All adapters of a batch see the same pixels, so that each has to be trained on images prepared as `expected` says.
+    All adapters of a batch get the same pixels, so each must have been trained on images prepared as in `expected`.
     """
     read_settings(adapter / ADAPTER_FILES[0])
     if not (adapter / PROCESSOR_FILE).is_file():
@@ -92,7 +92,7 @@ def check_files(adapter: Path, expected: dict) -> None:
 
 
 def read_settings(file: Path) -> dict:
-    """A JSON object whose text can be sent on: JSON allows half of a surrogate pair, UTF-8 does not."""
+    """A JSON object that UTF-8 can encode. JSON allows half of a surrogate pair, UTF-8 does not."""
     try:
         settings = json.loads(file.read_text())
         json.dumps(settings, ensure_ascii=False).encode()

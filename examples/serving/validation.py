@@ -1,4 +1,4 @@
-"""What a request may hold. Whatever is refused carries the HTTP status and a sentence that says why."""
+"""Checks of requests. A refusal has an HTTP status and a sentence that gives the reason."""
 
 import asyncio
 import hmac
@@ -14,7 +14,7 @@ from starlette.requests import Request
 FORMATS = ("JPEG", "PNG", "WEBP")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 MAX_ADAPTERS = 64
-MAX_ASPECT = 100  # longer side of an image by its shorter side
+MAX_ASPECT = 100  # longer side of an image divided by its shorter side
 
 
 class Refused(Exception):
@@ -26,7 +26,7 @@ class Refused(Exception):
 
 
 def check_name(name: str) -> str:
-    """The name of an adapter: never a path, so that nothing outside the service's folders can be meant by it."""
+    """Check the name of an adapter, which is never a path, so that it cannot lead outside the service's folders."""
     if not NAME.fullmatch(name):
         raise Refused(
             422,
@@ -49,13 +49,13 @@ def check_adapters(names: Sequence[str], known: Collection[str]) -> list[str]:
 
 
 def check_token(given: str | None, token: str | None) -> None:
-    """Compare the bearer token of a request with the right one, in a time that does not depend on either."""
+    """Check the bearer token of a request, in a time that does not depend on the tokens."""
     if token and not hmac.compare_digest((given or "").encode(), token.encode()):
         raise Refused(401, "Changing adapters needs the header 'Authorization: Bearer TOKEN' with the right token.")
 
 
 async def limited(chunks: AsyncIterator[bytes], content_length: str | None, limit: int) -> AsyncIterator[bytes]:
-    """A body of at most `limit` bytes. A longer one is refused by its header, or as soon as it has grown too long."""
+    """Pass on a body of at most `limit` bytes. A longer one is refused by its header, or as soon as it is too long."""
     too_long = Refused(413, f"The request is longer than {limit:,} bytes.")
     if content_length and content_length.isdecimal() and int(content_length) > limit:
         raise too_long
@@ -77,7 +77,7 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
     try:
         return await asyncio.wait_for(read_form(request.headers, chunks) if is_form else joined(chunks), seconds)
-    except asyncio.TimeoutError:  # of Python 3.10 too
+    except asyncio.TimeoutError:  # TimeoutError alone is not enough in Python 3.10
         raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from None
 
 
@@ -101,14 +101,14 @@ async def read_form(headers: Headers, chunks: AsyncIterator[bytes]) -> bytes:
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The picture, upright. Its size is read from the header, and refused if too large, before a pixel is decoded."""
+    """Decode an image and turn it upright. Its size is checked in the header, before any pixel is decoded."""
     if not data:
         raise Refused(422, "The image is empty: send the bytes of an image file.")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own, larger limits
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # of Pillow's larger limits
         raise Refused(413, f"The image is too large: {error}") from error
-    except Exception as error:  # decoders fail in many ways, all of them the file's fault
+    except Exception as error:  # decoders fail in many ways, all caused by the file
         raise Refused(415, f"The image is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image.") from error
     if image.width * image.height > max_pixels:
         raise Refused(

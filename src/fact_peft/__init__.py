@@ -3,11 +3,10 @@
 from .adapter.adapter import Adapter
 from .adapter.config import FacTConfig
 from .converters.conversion import convert_checkpoint, convert_from
+from .operations.export import convert_to_lora, save_as_lora
 from .operations.gradient_start import initialize_from_gradients
-from .operations.hotswap import hotswap_adapter
-from .operations.lora import convert_to_lora, save_as_lora
-from .operations.parameter_groups import parameter_groups
-from .operations.quantization import StraightThrough, StraightThroughCallback, quantize_adapter
+from .operations.replacement import hotswap_adapter, quantize_adapter
+from .operations.training import StraightThrough, StraightThroughCallback, parameter_groups
 from .serving.pool import AdapterPool, Prediction
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
 from .tuner.combination import weighted_sum

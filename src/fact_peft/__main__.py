@@ -10,7 +10,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from .adapter.adapter import Adapter
 from .adapter.files import find_folder
 from .adapter.names import for_terminal
-from .converters.conversion import FORMATS, convert_checkpoint
+from .converters.conversion import convert_checkpoint
+from .converters.source_formats import FORMATS
 from .operations.export import export_onnx
 from .operations.inspection import describe, draw_increments
 from .sharing.classifier import load_image_classifier
@@ -46,17 +47,15 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=convert)
 
-    command = commands.add_parser("merge", help="save base model and adapter as one model of transformers or timm")
-    command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
-    command.add_argument("out", type=Path, help="folder of the model to write")
-    command.add_argument("--base-model", help="name or folder of the base model, if not the one the adapter names")
-    command.set_defaults(run=merge)
-
-    command = commands.add_parser("export", help="save base model and adapter as one ONNX file")
-    command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
-    command.add_argument("out", type=Path, help="the .onnx file to write")
-    command.add_argument("--base-model", help="name or folder of the base model, if not the one the adapter names")
-    command.set_defaults(run=export)
+    for run, saved_as, out in (
+        (merge, "one model of transformers or timm", "folder of the model to write"),
+        (export, "one ONNX file", "the .onnx file to write"),
+    ):
+        command = commands.add_parser(run.__name__, help=f"save base model and adapter as {saved_as}")
+        command.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
+        command.add_argument("out", type=Path, help=out)
+        command.add_argument("--base-model", help="name or folder of the base model, if not the one the adapter names")
+        command.set_defaults(run=run)
     return parser
 
 

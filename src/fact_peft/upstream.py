@@ -1,13 +1,13 @@
-"""Everything of PEFT and transformers that fact_peft uses without it being public, and how FacT is registered.
+"""The private names of PEFT, transformers and torch that the tuner uses, and the registration of FacT.
 
-Each name stands here once, with what it is used for; ``docs/upstream.md`` lists them. If a release has one no longer,
-importing fact_peft says so and names the versions.
+``docs/upstream.md`` lists the names and what they are used for. If a release no longer has one of them, importing
+fact_peft raises an error with the name and the version.
 """
 
 from __future__ import annotations
 
+import pkgutil
 import warnings
-from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -20,24 +20,17 @@ USED: dict[str, str] = {}  # what each private name is used for
 
 
 def private(path: str, used_for: str) -> Any:
-    """The object at ``"module:name"`` or ``"module:class.attribute"``, noted in `USED`.
-
-    Raises:
-        ImportError: If the installed release does not have it.
-    """
-    USED[path.replace(":", ".")] = used_for
-    module, _, name = path.partition(":")
-    package = module.partition(".")[0]
+    """Return the object at ``"module:name"`` or ``"module:class.attribute"``, and add it to `USED`."""
+    full_name = path.replace(":", ".")
+    package = full_name.partition(".")[0]
+    USED[full_name] = used_for
     try:
-        found = import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
+        return pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"fact_peft needs {path.replace(':', '.')}, which {package} {version(package)} does not have ({used_for}). "
+            f"fact_peft needs {full_name}, which {package} {version(package)} does not have ({used_for}). "
             f"Install a release of {package} that docs/versions.md lists, or a newer fact_peft."
         ) from error
-    return found
 
 
 TUNERS = "peft.tuners.tuners_utils"
@@ -54,7 +47,11 @@ activate_heads = private(f"{OTHER}:_set_adapter", "to activate the heads of an a
 split_download_arguments = private(
     "peft:PeftConfig._split_kwargs", "to find the arguments of a Hub download among those of `from_pretrained`"
 )
-# Methods that are overridden: were one renamed, PEFT would call its own instead.
+current_graph_task = private("torch._C:_current_graph_task_id", "to tell whether a backward pass runs a layer again")
+active_ddp_module = private(
+    "torch.nn.parallel:DistributedDataParallel._get_active_ddp_module", "to refuse reentrant checkpointing under DDP"
+)
+# Methods that are overridden. If PEFT renamed one, it would call its own method and not ours.
 for hook, purpose in {
     "_check_target_module_exists": "layers come from the plan",
     "_create_and_replace": "to wrap one layer",
@@ -72,11 +69,8 @@ private("peft:PeftModel._enable_peft_forward_hooks", "overridden in the tuner: o
 
 def register(config_cls: type, model_cls: Any) -> None:
     """Make FacT known to PEFT, which dispatches on members of the enum `PeftType` and has no entry point for methods
-    of other packages. Registering again, as a reloaded module does, replaces the classes.
-
-    Warns:
-        UserWarning: If PEFT itself, or another package, already has a method of this name. It stays in place.
-    """
+    of other packages. Registering again, as a reloaded module does, replaces the classes. A method of this name in PEFT
+    itself or in another package stays in place, with a warning."""
     if NAME not in PeftType.__members__:
         add_peft_type()
     fact = PeftType(NAME)
@@ -95,7 +89,7 @@ def register(config_cls: type, model_cls: Any) -> None:
 
 
 def add_peft_type() -> None:
-    """Add a member to the enum, a real one that pickles, iterates, compares and prints as the others do."""
+    """Add a member to the enum. It pickles, iterates, compares and prints as the others do."""
     member = str.__new__(PeftType, NAME)
     vars(member).update(_name_=NAME, _value_=NAME, __objclass__=PeftType, _sort_order_=len(PeftType))
     PeftType._member_names_.append(NAME)
@@ -121,6 +115,6 @@ USED["transformers.pipelines.base.SUPPORTED_PEFT_TASKS"] = "an entry for image c
 
 
 def table() -> str:
-    """What is used, as rows of a Markdown table."""
+    """The names in `USED`, as a Markdown table."""
     rows = [f"| `{name}` | {purpose} |" for name, purpose in USED.items()]
     return "\n".join(["| private name | used |", "|---|---|", *rows])

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from benchmarks.frontier.bytes.forms import distance, orthogonalized
 from benchmarks.frontier.search import is_head
 from fact_peft import Adapter, FacTConfig, quantize_adapter
-from fact_peft.adapter.packing import pack, rounded, unpack
-from fact_peft.adapter.storage import bits_of
+from fact_peft.adapter.storage import bits_of, pack, rounded, unpack
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
-from fact_peft.operations.quantization import stacks_of
+from fact_peft.operations.replacement import stacks_of
 
 AS_TRAINED, ORTHOGONALIZED = "as trained", "orthogonalized"
 

@@ -1,4 +1,4 @@
-"""An adapter as a value: config, factors and head, whole and checked, apart from any model."""
+"""An adapter as a value, apart from any model: config, factors and head, complete and checked."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.heads import current_labels
+from ..architecture.linears import base_of, walk
 from ..method.decomposition import DECOMPOSITIONS, increment_norms
 from ..method.tensorization import Slices
 from .config import FacTConfig, fact_config
 from .files import find_folder, read_tensors, replacing_files, write_files
-from .names import mark_local_folder
+from .names import PREFIX, factor_key, find_renaming, mark_local_folder
 from .storage import exact_numbers, to_storage
-from .validation import PREFIX, check_pair, factor_key, record, sort_tensors
+from .validation import check_pair, record, sort_tensors
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One adapter: read from disk, taken out of a model or computed; written, or put into a model.
+    """One adapter, which is read from disk, taken out of a model or computed, and is written or put into a model.
 
         adapter = Adapter.read("my-adapter")        # a folder or a Hub id; adapter.write(folder) is the inverse
         adapter = Adapter.of(model, "default")      # adapter.attach(model, "default") is the inverse
@@ -43,9 +44,9 @@ class Adapter:
     An object is complete and consistent as soon as it exists, and is not changed afterwards.
 
     Attributes:
-        config: Its configuration, with targets, heads, labels and layout settled. Not to be changed.
+        config: Its configuration, with targets, heads, labels and layout settled. Do not change it; see `replace`.
         factors: The factors by stack and paper letter, such as ``factors["768x768"]["U"]``, as floats.
-        others: Every other trained tensor by its name in the base model: the head, biases.
+        others: Every other trained tensor by its name in the base model: the head and biases.
     """
 
     config: FacTConfig
@@ -66,8 +67,7 @@ class Adapter:
         Raises:
             ValueError: If it is an adapter of another method, or a file is damaged, renamed or missing.
         """
-        source = Path(folder_or_hub_id)
-        folder = find_folder(source, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME], revision, token)
+        folder = find_folder(Path(folder_or_hub_id), [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME], revision, token)
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder} has no {CONFIG_NAME}; pass the folder that an adapter was saved in.")
         try:
@@ -94,7 +94,7 @@ class Adapter:
         tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         source: str = "The state dict",
     ) -> Adapter:
-        """An adapter of a config and what ``get_peft_model_state_dict`` returns.
+        """Make an adapter of its config and of what ``get_peft_model_state_dict`` returns.
 
         Args:
             config: Its config, with a layout.
@@ -111,7 +111,7 @@ class Adapter:
 
     @classmethod
     def of(cls, model: nn.Module, adapter_name: str = "default") -> Adapter:
-        """A copy of an adapter of `model`, with the exact numbers it has there.
+        """Copy an adapter of `model`, with the exact numbers that it has there.
 
         Args:
             model: A `PeftModel`, or a model with injected FacT layers.
@@ -143,11 +143,12 @@ class Adapter:
             is_trainable: Whether it is to be trained further.
 
         Raises:
-            ValueError: If the name is taken, or the model has other layers or another head. The model is then as it
-                was.
+            ValueError: If the name is taken, or the model has other layers or another head, or a head of which this
+                adapter has no numbers. The model is then as it was.
         """
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(f"adapter_name={adapter_name!r} exists already; choose another name or delete it first.")
+        self.check_heads(model)
         config = copy.copy(self.config)
         config.inference_mode = not is_trainable
         if isinstance(model, PeftModel):
@@ -158,8 +159,26 @@ class Adapter:
             inject_adapter_in_model(config, model, adapter_name)
         self.fill(model, adapter_name)
 
+    def check_heads(self, model: nn.Module) -> None:
+        """Check that this adapter has all parameters of the modules of `model` that its `modules_to_save` names.
+
+        Raises:
+            ValueError: If it lacks one, as an adapter whose file was saved without its head.
+        """
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        renaming = find_renaming(self.slices, base)
+        heads = tuple(name.removeprefix(renaming.removed) for name in self.config.modules_to_save or [])
+        trained = {name: base_of(module) for name, module in walk(base) if name.endswith(heads)}
+        needed = {f"{name}.{key}" for name, head in trained.items() for key, _ in head.named_parameters()}
+        if missing := sorted(needed - renaming.tensors(self.others).keys()):
+            raise ValueError(
+                f"The adapter trains modules_to_save={self.config.modules_to_save} but has no {', '.join(missing)}, "
+                f"which {type(base).__name__} needs: the file was probably saved without its head. Save the adapter "
+                "again where it was trained, or keep the head of the model with adapter.replace(modules_to_save=[])."
+            )
+
     def fill(self, model: nn.Module, adapter_name: str = "default") -> None:
-        """Copy the numbers into an adapter of the same layout that `model` has, scale excluded.
+        """Copy the numbers into an adapter of the same layout that `model` has already; the scale there stays.
 
         Raises:
             ValueError: If the adapter there has other layers, another rank or another head.
@@ -180,17 +199,14 @@ class Adapter:
 
     def stored(self) -> dict[str, Tensor]:
         """As `state_dict`, in the data types of `FacTConfig.storage` and `FacTConfig.head_storage`."""
-        factors = {factor_key(stack, letter) for stack, group in self.factors.items() for letter in group}
-        config = self.config
+        config, heads = self.config, {f"{PREFIX}{name}" for name in self.others}
         return {
-            name: to_storage(
-                name, tensor, config.storage if name.removeprefix(PREFIX) in factors else config.storage_of_heads
-            )
+            name: to_storage(name, tensor, config.storage_of_heads if name in heads else config.storage)
             for name, tensor in self.state_dict().items()
         }
 
     def write_files(self, folder: Path) -> None:
-        """Write the two files of this adapter into a folder that is new, or has its image processor already."""
+        """Write the two files of this adapter into a folder that has no other files than its image processor."""
         config = copy.copy(self.config)
         config.inference_mode = True
         write_files(folder, config, self.stored(), record(config, folder))
@@ -198,8 +214,8 @@ class Adapter:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Save this adapter, in place of the one that `folder` may hold.
 
-        A process that is killed leaves the old adapter, the new one, or a pair of files that is refused when it is
-        read, with the command that completes the save.
+        A process that is killed leaves the old adapter, the new one, or files of both. Reading the latter raises an
+        error with the command that completes the save.
 
         Raises:
             ValueError: If a number does not fit the storage. The folder is then as it was.
@@ -237,6 +253,6 @@ class Adapter:
 
 
 def is_copied_bias(name: str) -> bool:
-    """Whether PEFT saves a bias a second time under this name: with ``bias="all"`` it does so for wrapped heads."""
+    """Whether this is the name of a copy of a head's bias, which PEFT saves too with ``bias="all"``."""
     *path, last = name.split(".")
     return last == "bias" and not {"modules_to_save", "original_module"}.isdisjoint(path)

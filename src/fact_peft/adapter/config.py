@@ -21,16 +21,16 @@ from .field_checks import (
     check_names,
     check_number,
     check_rank,
-    check_regexes,
     check_scale,
+    check_strings,
 )
-from .renaming import UNCHANGED
+from .names import UNCHANGED
 from .storage import STORAGES, bits_of
 from .validation import check_saved_weights
 
-# Times the rank: with it the cores move as far as U and V at the same learning rate (benchmarks/frontier).
+# The default scale times the rank. Cores, U and V then move equally far at one learning rate (benchmarks/frontier).
 ORTHOGONAL_SCALE = 32.0
-# What other methods of PEFT call things, and what to do here.
+# Arguments of other PEFT methods, and what FacT has in their place.
 OTHER_NAMES = {
     "r": "the rank is called rank, as in FacTConfig(rank=8)",
     "alpha": "the factor in front of the increment is called scale, and equals lora_alpha / r of LoRA",
@@ -68,8 +68,8 @@ class FacTConfig(PeftConfig):
             is a mixture of r shared cores, which takes fewer parameters at equal rank. ``"cp"``, canonical polyadic
             (not in the paper): diagonal cores, which take the fewest.
         scale: Factor s in front of the increment, not zero. It acts like a learning rate on the factors. None: 32 /
-            rank with the orthogonal start, else 1; it follows both until it is set. The paper searches 0.01, 0.1, 1, 10
-            and 100 per task, with ``init_weights=True``.
+            rank with the orthogonal start, else 1, also after `rank` or `init_weights` are changed. The paper searches
+            0.01, 0.1, 1, 10 and 100 per task, with ``init_weights=True``.
         fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
         target_modules: Linear layers to adapt, as in every PEFT method: name suffixes, one regex that matches whole
             names, or ``"all-linear"``. None: all linear layers inside the repeated transformer blocks, found by
@@ -142,7 +142,7 @@ class FacTConfig(PeftConfig):
     layout: list[str] | None = option(None, "Which layer owns which slices; settled when the adapter is created.")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FacTConfig:
-        """Explain arguments that belong to other methods; the dataclass would only say that it does not know them."""
+        """Explain what takes the place of arguments of other methods; a dataclass would only call them unexpected."""
         if args:
             raise TypeError(f"FacTConfig takes arguments by name, got {args[0]!r}; write FacTConfig(rank=8).")
         for name in OTHER_NAMES.keys() & kwargs.keys():
@@ -155,14 +155,12 @@ class FacTConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             check_names(name, value, "one regex")
-            if isinstance(value, str):
-                check_regexes(name, value)
-            elif isinstance(value, (list, tuple)):
+            if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        check_names("modules_to_save", self.modules_to_save)
-        check_regexes("modules_to_save", self.modules_to_save)
+        check_names("modules_to_save", self.modules_to_save, are_regexes=True)
+        check_layer_selection(self.target_modules, self.layers_to_transform, self.layers_pattern)
         for name in ("base_model_name_or_path", "revision"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+            if not isinstance(getattr(self, name), (str, type(None))):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a string; pass a name, or None.")
         check_rank(self.rank)
         check_choice("decomposition", self.decomposition, tuple(DECOMPOSITIONS))
@@ -181,28 +179,23 @@ class FacTConfig(PeftConfig):
             )
         if not isinstance(self.fan_in_fan_out, bool):
             raise ValueError(f"fan_in_fan_out={self.fan_in_fan_out!r} is not a bool; pass True or False.")
-        if self.labels is not None and (
-            not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels)
-        ):
-            raise ValueError(f"labels={self.labels!r} is not a list of strings; pass one class name per logit.")
+        check_strings("labels", self.labels, "pass one class name per logit")
         self.check_storage()
-        check_layer_selection(self.target_modules, self.layers_to_transform, self.layers_pattern)
+        check_strings("layout", self.layout, "leave it None for a new adapter")
         if self.layout is not None:
-            if not isinstance(self.layout, list) or not all(isinstance(line, str) for line in self.layout):
-                raise ValueError(f"layout={self.layout!r} is not a list of strings; leave it None for a new adapter.")
             slices_of(tuple(self.layout), self.share)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> FacTConfig:
-        """Read the config of a saved adapter, and check the weights that lie beside it.
+        """Read the config of a saved adapter, and check the weights in its folder.
 
-        PEFT reads the config before it changes the model, so that a damaged file is refused while the model is whole.
+        PEFT reads the config before it changes the model. So a damaged file is refused before the model is changed.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id of the adapter.
-            subfolder: Where in there ``adapter_config.json`` lies.
+            subfolder: Subfolder that holds ``adapter_config.json``.
             kwargs: As for ``PeftConfig.from_pretrained``. With ``ignore_mismatched_sizes=True`` a head of another size
                 than the model's is left out when the adapter is loaded.
 
@@ -231,55 +224,45 @@ class FacTConfig(PeftConfig):
 
     @property
     def storage_of_heads(self) -> str | None:
-        """`head_storage`, or what it is by default."""
+        """`head_storage`, or its default."""
         return self.head_storage or ("int8" if bits_of(self.storage) else self.storage)
 
     @property
     def slices(self) -> Mapping[str, Slices]:
-        """The slices by layer name; none as long as no model has settled the layout."""
+        """The slices by layer name; empty while the layout is None."""
         return slices_of(tuple(self.layout or ()), self.share)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved: the scale as a number, and sets as sorted lists so that equal configs make
-        equal files."""
+        """The fields as they are saved, with the scale as a number, and sets as sorted lists for equal files."""
         fields = {**super().to_dict(), "scale": self.scaling}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
     def check_scale(self) -> None:
-        """Check `scale`, which may be changed at any time.
-
-        Raises:
-            ValueError: If it is not a number, zero, or does not fit a float32.
-        """
-        if self._scale is not None:
-            check_scale(self._scale)
+        """Check `scale`, which may be changed at any time; raise ValueError if it is wrong."""
+        check_scale(self.scale)
 
     def check_storage(self) -> None:
-        """Check `storage` and `head_storage`, which may be changed at any time.
-
-        Raises:
-            ValueError: If there is no such storage.
-        """
+        """Check `storage` and `head_storage`, which may be changed at any time; raise ValueError if one is wrong."""
         for name in ("storage", "head_storage"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), STORAGES)
 
 
 class DefaultScale(float):
-    """A scale that nobody has set. A config that gets it, as from `dataclasses.replace`, has none set either."""
+    """A default scale. A config that is given one, as by `dataclasses.replace`, computes its own default again."""
 
 
 def get_scale(config: FacTConfig) -> float:
-    """What reading ``config.scale`` gives."""
+    """Getter of ``config.scale``."""
     return DefaultScale(config.scaling) if config._scale is None else config._scale
 
 
 def set_scale(config: FacTConfig, scale: float | None) -> None:
-    """What writing ``config.scale`` does."""
+    """Setter of ``config.scale``."""
     vars(config)["_scale"] = None if isinstance(scale, DefaultScale) else scale
 
 
-# So that the scale follows rank and start until it is set, also in copies of a config whose rank is changed.
+# A property, so that a scale that is not set follows `rank` and `init_weights` when they change.
 FacTConfig.scale = property(get_scale, set_scale)  # type: ignore[assignment]
 
 

@@ -1,10 +1,8 @@
 """Checks of single fields of `FacTConfig`: type and range. All raise ValueError."""
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Iterable
+import sys
 from typing import Any
 
 from torch import finfo, float32
@@ -12,12 +10,16 @@ from torch import finfo, float32
 MAX_RANK = 2**31 - 1
 
 
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer and no bool, which Python counts among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_rank(rank: Any) -> None:
-    """Refuse what is not a whole number from 1 to `MAX_RANK`."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise ValueError(f"rank={rank!r} is not an integer; pass a whole number of at least 1, such as rank=8.")
-    if rank < 1:
-        raise ValueError(f"rank={rank} is less than 1; pass a whole number of at least 1, such as rank=8.")
+    """Refuse what is not an integer from 1 to `MAX_RANK`."""
+    if not is_integer(rank) or rank < 1:
+        problem = "less than 1" if is_integer(rank) else "not an integer"
+        raise ValueError(f"rank={rank!r} is {problem}; pass a whole number of at least 1, such as rank=8.")
     if rank > MAX_RANK:
         raise ValueError(
             f"rank is more than {MAX_RANK}, wider than any layer; pass at most the width of the narrowest targeted "
@@ -46,30 +48,27 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Refuse what is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_integer(value) and not isinstance(value, float):
         raise ValueError(f"{name}={value!r} is not a number; pass a float.")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        raise ValueError(f"{name} is an integer too large for a float; pass an ordinary float.") from None
-    if not finite:
+    if is_integer(value) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} is an integer too large for a float; pass an ordinary float.")
+    if not math.isfinite(value):
         raise ValueError(f"{name}={value!r} is not finite; pass an ordinary float.")
 
 
-def check_names(name: str, value: Any, alternative: str = "") -> None:
-    """Refuse what is neither None nor a list of names of modules, nor the `alternative`, which is one string."""
-    if value is None or (alternative and isinstance(value, str) and value):
-        return
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(part, str) and part for part in value):
+def check_names(name: str, value: Any, alternative: str = "", are_regexes: bool = False) -> None:
+    """Refuse what is neither None nor a list of module names, nor the `alternative`, which is one string.
+
+    One string, and every name of a list if `are_regexes`, must be a regex, as which PEFT matches it.
+    """
+    is_text = isinstance(value, str) and value != ""
+    is_names = isinstance(value, (list, tuple, set)) and all(isinstance(part, str) and part for part in value)
+    if value is not None and not is_names and not (alternative and is_text):
         raise ValueError(
             f"{name}={value!r} is not a list of names{' or ' if alternative else ''}{alternative}, none of them "
-            f"empty; pass a list such as {name}=['{value if isinstance(value, str) and value else 'name'}'], or None."
+            f"empty; pass a list such as {name}=['{value if is_text else 'name'}'], or None."
         )
-
-
-def check_regexes(name: str, value: str | Iterable[str] | None) -> None:
-    """Refuse what PEFT cannot match as a regex: one string, or every name of a list."""
-    for pattern in [value] if isinstance(value, str) else value or []:
+    for pattern in [value] if is_text else value if value and are_regexes else []:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
@@ -79,12 +78,17 @@ def check_regexes(name: str, value: str | Iterable[str] | None) -> None:
             ) from error
 
 
+def check_strings(name: str, value: Any, fix: str) -> None:
+    """Refuse what is neither None nor a list of strings."""
+    if value is not None and not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
+        raise ValueError(f"{name}={value!r} is not a list of strings; {fix}.")
+
+
 def check_layer_selection(target_modules: Any, layers_to_transform: Any, layers_pattern: Any) -> None:
     """Refuse block indices that are no integers, and combinations that PEFT would ignore."""
-    check_names("layers_pattern", layers_pattern, "one name")
-    check_regexes("layers_pattern", layers_pattern)
+    check_names("layers_pattern", layers_pattern, "one name", are_regexes=True)
     for index in layers_to_transform if isinstance(layers_to_transform, (list, tuple)) else [layers_to_transform]:
-        if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+        if index is not None and not is_integer(index):
             raise ValueError(
                 f"layers_to_transform={layers_to_transform!r} is neither an integer nor a list of them; pass the "
                 "indices of the blocks to adapt, such as [0, 1]."

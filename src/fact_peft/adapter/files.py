@@ -1,7 +1,5 @@
 """The files of an adapter: where they are, how they are read, and how a folder gets new ones."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import shutil
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from .names import is_hub_id
 
+WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 STAGING = ".saving-"
 ABANDONED_AFTER = 3600.0  # seconds, when what a killed process left is removed by the next save
 
@@ -30,7 +29,7 @@ ABANDONED_AFTER = 3600.0  # seconds, when what a killed process left is removed 
 def find_folder(
     source: str | Path, files: list[str], revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The local folder of an adapter: `source` itself, or where `files` of that Hub repository were downloaded to.
+    """The local folder of an adapter: `source` itself, or the folder into which `files` of a repository are downloaded.
 
     Raises:
         ValueError: If `source` is neither a folder nor a name on the Hub.
@@ -44,19 +43,16 @@ def find_folder(
 
 
 def weights_files(adapter: str, subfolder: str | None = None, **download: Any) -> list[Path]:
-    """The files from which PEFT or transformers may load the weights of an adapter; none if there are none yet.
+    """The files from which PEFT or transformers may load the weights of an adapter; empty if there are none yet.
 
-    Args:
-        adapter: A local folder, or a name on the Hub from which the file is downloaded.
-        subfolder: Where in there ``adapter_config.json`` lies.
-        download: For ``hf_hub_download``.
+    `adapter` is a folder, or a name on the Hub from which ``hf_hub_download`` fetches the file.
 
     Raises:
         ValueError: If a local folder has a safetensors file of another name only.
     """
     folder = Path(adapter, subfolder or "")
     if (folder / CONFIG_NAME).is_file():
-        files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
+        files = [folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()]
         others = sorted(path.name for path in folder.glob("*.safetensors"))
         if others and not files:
             raise ValueError(
@@ -64,11 +60,9 @@ def weights_files(adapter: str, subfolder: str | None = None, **download: Any) -
                 f"the adapter file was probably renamed; call it {SAFETENSORS_WEIGHTS_NAME} again."
             )
         return files
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        try:
+    for name in WEIGHTS_NAMES:
+        with suppress(EntryNotFoundError):
             return [Path(hf_hub_download(adapter, name, subfolder=subfolder, **download))]
-        except EntryNotFoundError:
-            continue
     return []
 
 
@@ -94,7 +88,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty where there is none, or the file cannot be read."""
+    """The metadata of a safetensors file; empty if it has none or cannot be read."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return tensors.metadata() or {}
@@ -113,12 +107,11 @@ def write_files(
 
 @contextmanager
 def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder to write files into; when the block ends, each replaces the file of its name in `folder`.
+    """Yield a new folder to write files into; when the block ends, each replaces the file of its name in `folder`.
 
-    Every file is written to the end beside the old one and then renamed, the config last. A process that is killed
-    before the first rename leaves the old files. Between two renames it leaves files of two saves, which is noticed
-    when they are read, see `check_pair`. Every process writes into a folder of its own, so that several may save at
-    once.
+    All files are written before the first of them is renamed, and the config is renamed last. A process that is killed
+    before the first rename leaves the old files. Between two renames it leaves files of two saves, which `check_pair`
+    detects. Several processes may save at once, since each writes into a folder of its own.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for abandoned in Path(folder).glob(f"{STAGING}*"):
@@ -139,7 +132,7 @@ def replacing_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk; Windows cannot do the latter."""
+    """Flush a file, or the names in a folder, to the disk; on Windows only files can be flushed."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

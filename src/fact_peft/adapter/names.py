@@ -1,11 +1,94 @@
-"""Names: which are repositories on the Hub, and how a name that somebody else chose is quoted where it is printed."""
+"""Names: of tensors in an adapter file, of layers in a model, of repositories on the Hub, and names as printed text.
 
-from __future__ import annotations
+The same layer has two names in a head model and in its bare model, which differ by the base model's prefix.
+``ViTForImageClassification`` has ``vit.layers.0.mlp.fc1`` where ``ViTModel`` has ``layers.0.mlp.fc1``; transformers
+stores the prefix as ``base_model_prefix``. An adapter of one loads on the other if all its layers, renamed, are exactly
+those that the other has.
+"""
 
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch import nn
+
+from ..architecture.linears import find_linears
+from ..method.tensorization import split_stack
+
+PREFIX = "base_model.model."  # of every name in an adapter file
+# Name of the module that owns the factors. It does not contain PEFT's prefix "fact_", since PEFT skips modules with
+# the prefix in their name when it deletes adapters.
+FACTORS = "factors"
+Value = TypeVar("Value")
+
+
+def factor_key(stack: str, letter: str) -> str:
+    """Name of a factor in the adapted model, without the adapter's name."""
+    return f"{FACTORS}.{stack}.fact_{letter}"
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """From the names that an adapter was saved with to those of a model.
+
+    Attributes:
+        removed: Prefix of the saved names that the model's names do not have, with its dot.
+        added: Prefix of the model's names that the saved names do not have, with its dot.
+        left_out: Saved names of the modules trained in full that the model does not have.
+    """
+
+    removed: str = ""
+    added: str = ""
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def changes_names(self) -> bool:
+        """Whether the names differ."""
+        return bool(self.removed or self.added)
+
+    def here(self, saved: str) -> str:
+        """The name in the model of a saved name; a name of the model is returned as it is."""
+        return self.added + saved.removeprefix(self.removed).removeprefix(self.added)
+
+    def saved(self, name: str) -> str | None:
+        """The saved name of a module of the model; None if the adapter's model cannot have had it."""
+        return self.removed + name.removeprefix(self.added) if name.startswith(self.added) else None
+
+    def tensors(self, tensors: Mapping[str, Value]) -> dict[str, Value]:
+        """The tensors of a saved adapter under the names of the model, without those of the modules in `left_out`."""
+        renamed = {}
+        for key, tensor in tensors.items():
+            name = key.removeprefix(PREFIX)
+            prefix = key.removesuffix(name)
+            first, _, rest = name.partition(".")
+            if first == FACTORS:
+                stack, _, factor = rest.partition(".")
+                renamed[f"{prefix}{FACTORS}.{self.stack(stack)}.{factor}"] = tensor
+            elif not any(name.startswith(f"{module}.") for module in self.left_out):
+                renamed[prefix + self.here(name)] = tensor
+        return renamed
+
+    def stack(self, saved: str) -> str:
+        """The name in the model of a stack of factors, which contains the name of a block with ``share="block"``."""
+        shape, block = split_stack(saved)
+        dashed = Renaming(self.removed.replace(".", "-"), self.added.replace(".", "-"))
+        return f"{shape}@{dashed.here(block)}" if block else saved
+
+
+UNCHANGED = Renaming()
+
+
+def find_renaming(layers: Iterable[str], model: nn.Module) -> Renaming:
+    """From the names `layers` of a saved adapter to those of `model`; `UNCHANGED` if `model` has one of them."""
+    base = str(getattr(model, "base_model_prefix", ""))
+    if not base or not find_linears(model).keys().isdisjoint(layers):
+        return UNCHANGED
+    if hasattr(model, base):
+        return Renaming(added=f"{base}.")
+    return Renaming(removed=f"{base}.") if all(name.startswith(f"{base}.") for name in layers) else UNCHANGED
 
 
 def is_hub_id(name: str | None) -> bool:

@@ -1,6 +1,6 @@
-"""What an adapter file consists of: the factors of its layout, its trained modules, its biases, and nothing else.
+"""What an adapter file may hold: the factors of its layout, its trained modules and its biases.
 
-Anything else would be copied over frozen weights of the base model, or over another adapter.
+Any other tensor would be copied over frozen weights of the base model, or over another adapter.
 """
 
 from __future__ import annotations
@@ -20,42 +20,26 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import stack_sizes
 from .files import STAGING, read_metadata, read_tensors, weights_files
-from .names import for_terminal
-from .packing import is_packed, read_preamble
-from .storage import bits_of, from_storage, has_nan, is_finite
+from .names import PREFIX, factor_key, for_terminal
+from .storage import bits_of, from_storage, has_nan, is_finite, is_packed, read_preamble
 
 if TYPE_CHECKING:
     from .config import FacTConfig
 
-PREFIX = "base_model.model."  # of every name in an adapter file
-# Name of the module that owns the factors. It does not contain PEFT's prefix "fact_", since PEFT skips modules with
-# the prefix in their name when it deletes adapters.
-FACTORS = "factors"
-# What PEFT puts around a layer or a head. Under these names a file would reach what does not belong to the adapter.
+# What PEFT puts around a layer or a head. Tensors of these names would be loaded into parts of other adapters or of the
+# base model.
 WRAPPED = {"base_layer", "modules_to_save", "original_module"}
-# The fields of a config without which the numbers of a file mean something else.
-MEANING = (
-    *("rank", "decomposition", "scale", "share", "layout", "bias", "modules_to_save", "labels"),
-    *("storage", "head_storage"),
-)
+# The fields of a config that determine what the numbers of a file mean.
+MEANING = "rank decomposition scale share layout bias modules_to_save labels storage head_storage".split()
 
 Factors = dict[str, dict[str, Tensor]]  # by stack and paper letter
 
 
 def factor_shapes(config: FacTConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """Shapes of the factors of an adapter, by stack and paper letter."""
-    slices = config.slices
-    shapes = DECOMPOSITIONS[config.decomposition].shapes
-    widths = {owned.stack: (owned.in_width, owned.out_width) for owned in slices.values()}
-    return {
-        stack: {letter: tuple(shape) for letter, shape in shapes(*widths[stack], size, config.rank).items()}
-        for stack, size in stack_sizes(slices.values()).items()
-    }
-
-
-def factor_key(stack: str, letter: str) -> str:
-    """Name of a factor in the adapted model, less the adapter's name."""
-    return f"{FACTORS}.{stack}.fact_{letter}"
+    shapes, layers = DECOMPOSITIONS[config.decomposition].shapes, config.slices.values()
+    sizes = stack_sizes(layers)
+    return {own.stack: shapes(own.in_width, own.out_width, sizes[own.stack], config.rank) for own in layers}
 
 
 def sort_tensors(
@@ -63,14 +47,11 @@ def sort_tensors(
 ) -> tuple[Factors, dict[str, Tensor]]:
     """The factors by stack and paper letter, and all other trained tensors by name, as floats.
 
-    Args:
-        config: The adapter's, with its layout.
-        tensors: Names and tensors as PEFT saves them.
-        source: Where they come from, for the error message.
+    `tensors` have the names that PEFT saves them under; error messages say that they come from `source`.
 
     Raises:
-        ValueError: If a factor is missing, of another shape, not of floats or not finite; if anything holds NaN, or is
-            packed in other bits than the config says; or if there are tensors that belong neither to the factors, nor
+        ValueError: If the config has no layout; if a factor is missing, of another shape, not of floats or not finite;
+            if a tensor holds NaN, is packed in other bits than the config says, or belongs neither to the factors, nor
             to `modules_to_save`, nor to the biases.
     """
     if config.layout is None:
@@ -128,7 +109,7 @@ def sort_tensors(
 
 
 def is_trained(config: FacTConfig, name: str) -> bool:
-    """Whether a tensor of this name belongs to the modules or biases that an adapter trains beside its factors."""
+    """Whether a tensor of this name belongs to the modules or biases that an adapter trains, apart from its factors."""
     *path, last = name.split(".")
     if last == "bias" and config.bias == "all":
         return True
@@ -140,7 +121,7 @@ def is_trained(config: FacTConfig, name: str) -> bool:
 
 
 def packing_misfits(key: str, tensor: Tensor, storage: str | None) -> list[str]:
-    """How the bits of a saved tensor differ from the storage of the config. Floats fit every storage."""
+    """How the bits of a saved tensor differ from the storage in the config. Floats fit every storage."""
     bits = bits_of(storage)
     if is_packed(tensor):
         found = read_preamble(tensor)[0]
@@ -151,10 +132,10 @@ def packing_misfits(key: str, tensor: Tensor, storage: str | None) -> list[str]:
 
 
 def check_saved_weights(config: FacTConfig, adapter: str, subfolder: str | None = None, **download: Any) -> None:
-    """Read the weights beside a saved config, on disk or on the Hub, and refuse what does not belong together.
+    """Check the weights beside a saved config, on disk or on the Hub, as `sort_tensors` and `check_pair` do.
 
     Raises:
-        ValueError: As `sort_tensors` and `check_pair`, or if a file is damaged or renamed.
+        ValueError: As these functions, or if a file is damaged or renamed.
     """
     for file in weights_files(adapter, subfolder, **download):
         check_pair(config, file)
@@ -162,17 +143,16 @@ def check_saved_weights(config: FacTConfig, adapter: str, subfolder: str | None 
 
 
 def digest(config: FacTConfig) -> str:
-    """What the weights record of their config: a digest of the fields in `MEANING`."""
-    fields: Mapping[str, Any] = config.to_dict()
+    """A digest of the fields in `MEANING`."""
+    fields = config.to_dict()
     meaning = json.dumps([fields[name] for name in MEANING])
     return hashlib.sha256(meaning.encode()).hexdigest()[:16]
 
 
 def record(config: FacTConfig, folder: Path) -> dict[str, str]:
-    """What the weights record of the files that are saved with them: their digests."""
-    processor = folder / IMAGE_PROCESSOR_NAME
-    beside = {processor.name: file_digest(processor)} if processor.is_file() else {}
-    return {"config": digest(config), **beside}
+    """The digests of the files that are saved with the weights, which the weights record."""
+    digests = {"config": digest(config), IMAGE_PROCESSOR_NAME: file_digest(folder / IMAGE_PROCESSOR_NAME)}
+    return {name: value for name, value in digests.items() if value}
 
 
 def file_digest(file: Path) -> str:
@@ -181,9 +161,9 @@ def file_digest(file: Path) -> str:
 
 
 def check_pair(config: FacTConfig, file: Path) -> None:
-    """Refuse weights and a config, or an image processor, of two different saves, which an interrupted save may leave.
+    """Refuse weights beside a config or image processor of another save, as an interrupted save may leave them.
 
-    Weights that PEFT wrote record nothing and are not checked.
+    Weights that PEFT wrote have no record and are not checked.
 
     Raises:
         ValueError: If they do not belong together; says how to complete the save if the rest of it is still there.
@@ -191,11 +171,10 @@ def check_pair(config: FacTConfig, file: Path) -> None:
     recorded, folder = read_metadata(file), file.parent
     if "config" not in recorded:
         return
-    processor = recorded.get(IMAGE_PROCESSOR_NAME)
     other_config = recorded["config"] != digest(config)
-    other_processor = processor not in (None, file_digest(folder / IMAGE_PROCESSOR_NAME))
+    other_processor = recorded.get(IMAGE_PROCESSOR_NAME) not in (None, file_digest(folder / IMAGE_PROCESSOR_NAME))
     rest = rest_of_save(folder, recorded) if other_config or other_processor else None
-    # Without the rest of a save beside it, an image processor was changed by its owner.
+    # Without the rest of a save, it was the user who changed the image processor.
     if other_config or (other_processor and rest):
         repair = (
             f"Complete the save with: mv '{rest}'/* '{folder}'"
@@ -209,15 +188,14 @@ def check_pair(config: FacTConfig, file: Path) -> None:
 
 
 def rest_of_save(folder: Path, recorded: Mapping[str, str]) -> Path | None:
-    """Where an interrupted save has left the files that go with the weights of `folder`, by what these record."""
+    """The folder in which an interrupted save left the other files of the weights in `folder`, or None."""
     for staging in folder.glob(f"{STAGING}*"):
         try:
             config: Any = PeftConfig.from_pretrained(str(staging))
             of_this_save = digest(config) == recorded["config"]
         except (ValueError, OSError, TypeError, KeyError, AttributeError):  # empty, or of another method
             continue
-        processor = staging / IMAGE_PROCESSOR_NAME
-        if of_this_save and (not processor.is_file() or file_digest(processor) == recorded.get(processor.name)):
+        if of_this_save and file_digest(staging / IMAGE_PROCESSOR_NAME) in ("", recorded.get(IMAGE_PROCESSOR_NAME)):
             return staging
     return None
 

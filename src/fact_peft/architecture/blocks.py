@@ -18,22 +18,22 @@ MIN_SHARE_OF_WIDTH = 1 / 16
 
 
 def is_block(module: nn.Module) -> bool:
-    """A transformer block has a normalisation layer and at least two linear layers, and is not itself one of them."""
+    """Whether a module contains a normalisation layer and at least two linear layers, as transformer blocks do."""
     has_norm = any("norm" in type(child).__name__.lower() for _, child in walk(module))
     return has_norm and len(find_linears(module)) >= 2
 
 
 def stack_name(name: str) -> str:
-    """The part of a name that all stages and blocks of a backbone share: they differ in numbers only."""
+    """A name without its numbers, in which alone the stages and blocks of a backbone differ."""
     return re.sub(r"\d+", "*", name)
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated transformer blocks of a model by name.
 
-    These are the members of the innermost lists that are blocks and whose class repeats there (some models alternate
-    two). A list of stages is passed over for the lists of blocks inside its stages, and with it what lies between them,
-    such as patch merging. Blocks that make up a head are left out, see `drop_heads`.
+    These are the members of the innermost lists of modules that satisfy `is_block` and whose class repeats in the list
+    (some models alternate two classes). Of a list of stages, only the lists of blocks inside its stages count, so that
+    patch merging between the stages is left out. Blocks that make up a head are left out too, see `drop_heads`.
     """
     lists = {
         name: dict(module.named_children())
@@ -56,15 +56,14 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def drop_heads(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """`blocks` without those of heads: stacks of blocks both narrower and lighter than another one of their model.
+    """`blocks` without stacks of blocks that are narrower and have fewer weights than another stack of their model.
 
-    Such are SAM's mask decoder, the decoder of a masked autoencoder and the predictor of V-JEPA: small transformers on
-    top of the pretrained one, there for a task or for pre-training alone. What transformers makes a model of its own,
-    such as either tower of CLIP or Whisper's encoder and decoder, is compared with stacks inside it only.
+    Examples are SAM's mask decoder, the decoder of a masked autoencoder and the predictor of V-JEPA: small transformers
+    on top of the pretrained one that serve a task or pre-training only. A stack inside a `PreTrainedModel` of its own,
+    such as a tower of CLIP or Whisper's encoder, is compared only with stacks of that model.
     """
-    submodels = [f"{name}." for name, module in walk(model) if isinstance(module, PreTrainedModel)]
-    if isinstance(model, PreTrainedModel):
-        submodels.append("")
+    named_modules = [("", model), *((f"{name}.", module) for name, module in walk(model))]
+    submodels = [prefix for prefix, module in named_modules if isinstance(module, PreTrainedModel)]
 
     def stack_of(name: str) -> tuple[str, str]:
         return max(filter(name.startswith, submodels), key=len, default=f"{name}."), stack_name(name)
@@ -92,9 +91,9 @@ def stream_width(shapes: Iterable[tuple[int, int]]) -> int:
 def token_linears(block: nn.Module, name: str) -> dict[str, tuple[int, int]]:
     """The linear layers of one block that carry the token stream.
 
-    A group of linear layers with one parent belongs to the stream if one of them reads or writes its width; single
-    layers much narrower do not. Nor does a layer right inside the block that widens what came in narrower to the
-    block's width, as Hiera has on the shortcut into a new stage: that is the stage's patch merging.
+    The linear layers of one parent module belong to the stream if one of them reads or writes its width, except layers
+    that are much narrower. A layer directly inside the block that widens a narrower input to the block's width does not
+    belong either: Hiera has one on the shortcut into a new stage, as part of its patch merging.
     """
     linears = find_linears(block, name)
     width = stream_width(linears.values())
@@ -112,7 +111,7 @@ def token_linears(block: nn.Module, name: str) -> dict[str, tuple[int, int]]:
 def find_block_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Shapes (in_features, out_features) of the linear layers inside the repeated blocks of `model`, by name.
 
-    Never the head, patch embedding or patch merging, which lie outside the blocks; empty if the model has no blocks.
+    Head, patch embedding and patch merging are not among them. The result is empty if the model has no blocks.
     """
     blocks = find_blocks(model)
     return {layer: shape for name, block in blocks.items() for layer, shape in token_linears(block, name).items()}

@@ -1,7 +1,5 @@
 """The classifier of a model, found by structure, and the class names in the order of its outputs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn
@@ -18,16 +16,13 @@ def find_classifiers(model: nn.Module) -> list[str]:
     backbone, which is a model of its own: transformers initialises every one of them at random, so that an adapter
     saved without one could not be used again. On a timm model they are what ``get_classifier()`` returns.
     """
-    for prefix in ("", "timm_model"):  # the second is the one inside transformers' TimmWrapper
-        wrapped: Any = getattr(model, prefix, None) if prefix else model
-        if callable(getattr(wrapped, "get_classifier", None)):
-            heads = wrapped.get_classifier()
+    owners: dict[str, Any] = {"": model, "timm_model.": getattr(model, "timm_model", None)}  # or inside TimmWrapper
+    for prefix, owner in owners.items():
+        if callable(getattr(owner, "get_classifier", None)):
+            heads = owner.get_classifier()
             heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
-            return [
-                f"{prefix}.{name}" if prefix else name
-                for name, module in walk(wrapped)
-                if any(module is head for head in heads) and has_linear(module)
-            ]
+            named = [(name, module) for name, module in walk(owner) if any(module is head for head in heads)]
+            return [f"{prefix}{name}" for name, module in named if has_linear(module)]
     if "Classification" not in type(model).__name__:
         return []
     others = {name: child for name, child in model.named_children() if not isinstance(child, PreTrainedModel)}
@@ -39,18 +34,13 @@ def find_classifiers(model: nn.Module) -> list[str]:
 
 
 def has_linear(module: nn.Module, out_features: int | None = None) -> bool:
-    """Whether `module` is or contains a linear layer, of so many outputs if given."""
+    """Whether `module` is or contains a linear layer, with `out_features` outputs if given."""
     shapes = [linear_shape(module), *find_linears(base_of(module)).values()]
     return any(shape is not None and out_features in (None, shape[1]) for shape in shapes)
 
 
-def placeholders(num_labels: int) -> list[str]:
-    """What transformers calls classes that nobody has named."""
-    return [f"LABEL_{index}" for index in range(num_labels)]
-
-
 def named_labels(model: nn.Module) -> list[str] | None:
-    """The class names that the config of a transformers model knows; None if it knows none."""
+    """The class names in the config of a transformers model, or None."""
     id2label = getattr(getattr(model, "config", None), "id2label", None)
     if not id2label or set(id2label) != set(range(len(id2label))):
         return None
@@ -65,9 +55,9 @@ def label_settings(labels: list[str]) -> dict[str, Any]:
 
 
 def current_labels(labels: list[str] | None, model: nn.Module) -> list[str] | None:
-    """`labels`, or the names that the config of `model` has been given since, where they were placeholders."""
+    """`labels`, or the names in the config of `model` if `labels` are the placeholders of transformers."""
     names = named_labels(model)
-    if labels and names and len(names) == len(labels) and labels == placeholders(len(labels)):
+    if labels and names and len(names) == len(labels) and labels == [f"LABEL_{i}" for i in range(len(labels))]:
         return names
     return labels
 
@@ -84,19 +74,15 @@ def num_outputs(head: nn.Module) -> int | None:
     return outputs
 
 
-def head_outputs(model: nn.Module, heads: list[str]) -> dict[str, int]:
-    """Outputs, by name, of those modules of `model` that PEFT takes for `heads` (a ``modules_to_save``)."""
-    outputs = {name: num_outputs(module) for name, module in walk(model) if name.endswith(tuple(heads))}
-    return {name: count for name, count in outputs.items() if count is not None}
-
-
 def fitting_labels(labels: list[str] | None, model: nn.Module, heads: list[str]) -> list[str] | None:
-    """The labels of an adapter that trains `heads` of `model`: `labels`, or if None what the model's config names.
+    """The labels of an adapter that trains `heads` of `model`: `labels`, or if None those in the model's config.
 
     Raises:
-        ValueError: If `labels` are more or fewer than the outputs of every head.
+        ValueError: If no head has as many outputs as there are `labels`.
     """
-    outputs = head_outputs(model, heads)
+    # As PEFT matches modules_to_save.
+    counts = {name: num_outputs(module) for name, module in walk(model) if name.endswith(tuple(heads))}
+    outputs = {name: count for name, count in counts.items() if count is not None}
     if labels is None:
         names = named_labels(model)
         return names if names and len(names) in outputs.values() else None

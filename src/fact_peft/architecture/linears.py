@@ -1,12 +1,18 @@
 """The linear layers of a model by name and shape, whatever PEFT has wrapped around them.
 
-Some of them make queries, keys and values in one: layers called ``qkv``, as in timm, SAM and Hiera (``Wqkv`` and
-``to_qkv`` elsewhere), and the ``in_proj`` of ``nn.MultiheadAttention``. Their outputs are the queries, then the keys,
-then the values, unless the attention keeps the three head by head or has fewer heads of keys and values. A part of
-such a layer cannot be adapted alone.
+Some compute queries, keys and values together: layers called ``qkv``, as in timm, SAM and Hiera (``Wqkv`` and
+``to_qkv`` elsewhere), and ``nn.MultiheadAttention``. Their outputs are the queries, then the keys, then the values,
+unless the attention stores the three head by head or has fewer heads of keys and values. A part of such a layer cannot
+be adapted alone.
+
+``nn.MultiheadAttention`` keeps its q, k and v projections in one bare parameter. It passes this parameter to a function
+or a kernel, together with the weight of its output projection, which it never calls. `open_attentions` replaces the
+parameter by a child `in_proj`, whose weight the attention then reads. Whatever is put around `in_proj` or `out_proj`
+therefore only needs an attribute `weight`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -14,11 +20,25 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..method.tensorization import PARTS
-from .multihead import IN_PROJ, can_open, in_proj_shape
 
+IN_PROJ = "in_proj"
 FUSED = ("qkv", "Wqkv", "to_qkv")
-# Attributes of attentions that keep q, k and v head by head: in MaxViT, and in LeViT and its relatives.
+# Attributes of attentions that store q, k and v head by head: in MaxViT, and in LeViT and its relatives.
 HEAD_BY_HEAD = ("head_first", "key_dim")
+
+
+class OpenAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` that reads weight and bias of q, k and v from its child `in_proj`."""
+
+    in_proj: nn.Module
+
+    @property
+    def in_proj_weight(self) -> Any:  # type: ignore[override]
+        return self.in_proj.weight
+
+    @property
+    def in_proj_bias(self) -> Any:  # type: ignore[override]
+        return self.in_proj.bias
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -33,10 +53,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     base = base_of(module)
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
-    if isinstance(base, Conv1D):
-        # The weight itself may be sharded or quantised.
-        return base.nx, base.nf
-    return None
+    # Not the shape of the weight, which may be sharded or quantised.
+    return (base.nx, base.nf) if isinstance(base, Conv1D) else None
 
 
 def walk(module: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -56,7 +74,7 @@ def walk(module: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None
 
 
 def replace_everywhere(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules in all places where modules are, except inside the others themselves."""
+    """Replace modules of `model` wherever they occur, except inside their own replacements."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             replacement = replacements.get(child) if child is not None else None
@@ -67,18 +85,19 @@ def replace_everywhere(model: nn.Module, replacements: Mapping[nn.Module, nn.Mod
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
     """Shapes of all linear layers below `module`, in order.
 
-    The bare parameter in which ``nn.MultiheadAttention`` has its q, k and v is one of them, under the name of the layer
-    that it becomes, ``in_proj``. One with three weights of different widths instead, or a subclass, is left alone.
+    The q, k and v of ``nn.MultiheadAttention`` are one of them, named ``in_proj`` as the layer that
+    `open_attentions` makes. An attention with q, k and v of different widths, or a subclass, is left out.
     """
     shapes = {}
-    functional: set[str] = set()
+    never_called: set[str] = set()
     for name, child in walk(module, prefix):
-        if isinstance(child, nn.MultiheadAttention) and not can_open(child):
-            functional.update(f"{name}.{child_name}" for child_name, _ in walk(child))
-        elif isinstance(child, nn.MultiheadAttention):
-            shapes[f"{name}.{IN_PROJ}"] = in_proj_shape(child)
+        if isinstance(child, nn.MultiheadAttention):
+            if type(child) in (nn.MultiheadAttention, OpenAttention) and child._qkv_same_embed_dim:
+                shapes[f"{name}.{IN_PROJ}"] = in_proj_shape(child)
+            else:
+                never_called.update(f"{name}.{child_name}" for child_name, _ in walk(child))
         shape = linear_shape(child)
-        if shape is not None and name not in functional and not isinstance(child, AuxiliaryTrainingWrapper):
+        if shape is not None and name not in never_called and not isinstance(child, AuxiliaryTrainingWrapper):
             shapes[name] = shape
     return shapes
 
@@ -89,17 +108,13 @@ def part_names(layer: str, parts: str = PARTS) -> list[str]:
 
 
 def is_fused(model: nn.Module, name: str) -> bool:
-    """Whether the linear layer `name` makes queries, keys and values in one."""
+    """Whether the linear layer `name` computes queries, keys and values together."""
     parent, _, child = name.rpartition(".")
     return child in FUSED or (child == IN_PROJ and isinstance(model.get_submodule(parent), nn.MultiheadAttention))
 
 
 def check_order(model: nn.Module, parts: Mapping[str, str]) -> None:
-    """Refuse fused layers whose outputs are not the queries, then the keys, then the values, all of one width.
-
-    Args:
-        model: Their model.
-        parts: Which parts are wanted, by layer.
+    """Refuse to adapt `parts` of fused layers whose outputs are not q, then k, then v, all of one width.
 
     Raises:
         ValueError: If a layer is known to have another order, or if no layer of its block reads a third of its outputs,
@@ -120,3 +135,37 @@ def check_order(model: nn.Module, parts: Mapping[str, str]) -> None:
             f"{name} of {type(attention).__name__} does not put out q, then k, then v ({because}), so "
             f"{', '.join(part_names(name, parts[name]))} cannot be adapted alone; adapt all of it, or leave it out."
         )
+
+
+def in_proj_shape(attention: nn.MultiheadAttention) -> tuple[int, int]:
+    """(in_features, out_features) of the q, k and v projections together."""
+    return attention.embed_dim, 3 * attention.embed_dim
+
+
+def open_attentions(model: nn.Module, layers: Iterable[str]) -> None:
+    """Open, in place, every attention whose `in_proj` is among the names `layers`."""
+    for name in layers:
+        parent, _, child = name.rpartition(".")
+        attention = model.get_submodule(parent)
+        if child != IN_PROJ or type(attention) is not nn.MultiheadAttention:
+            continue
+        bias: nn.Parameter | None = attention.in_proj_bias
+        linear = nn.Linear(*in_proj_shape(attention), bias=bias is not None, device="meta").train(attention.training)
+        linear.weight = attention.in_proj_weight
+        if bias is not None:
+            linear.bias = bias
+        del attention.in_proj_weight, attention.in_proj_bias
+        out_proj = attention._modules.pop("out_proj")  # put back after in_proj, in the order of computation
+        attention.__class__ = OpenAttention
+        attention._modules.update({IN_PROJ: linear, "out_proj": out_proj})
+
+
+def close_attentions(model: nn.Module) -> None:
+    """Turn every opened attention of `model` back into what it was."""
+    for module in model.modules():
+        if isinstance(module, OpenAttention):
+            parameters = {f"in_proj_{name}": module.in_proj._parameters[name] for name in ("weight", "bias")}
+            del module.in_proj
+            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+            for name, parameter in parameters.items():
+                module.register_parameter(name, parameter)

@@ -1,11 +1,10 @@
-"""From a checkpoint of another implementation of FacT to an adapter folder."""
+"""From a checkpoint of another implementation of FacT to an adapter."""
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +14,48 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
-from .assembly import Share, SourceLayer, assemble
-from .authors import read_authors
-from .sam import read_ma_sam, read_micro_sam
+from ..adapter.names import PREFIX, factor_key
+from ..architecture.linears import part_names
+from ..method.tensorization import Slices, describe_layout, tensorize
+from .source_formats import FORMATS, SourceLayer
 
-
-@dataclass(frozen=True)
-class SourceFormat:
-    """How another implementation of FacT saves its checkpoints.
-
-    Attributes:
-        read: Returns layers and heads of a checkpoint, and removes from its tensors what it has read.
-        scale: The factor s, if the implementation has a fixed one; None if every run has its own.
-        share: Which layers share U and V, as `FacTConfig.share`.
-        state: Key of the checkpoint under which the tensors are; empty if they are at its top.
-    """
-
-    read: Callable[[dict[str, Tensor]], tuple[dict[str, SourceLayer], dict[str, Tensor]]]
-    scale: float | None = None
-    share: Share = "model"
-    state: str = ""
-
-
-FORMATS = {
-    "authors": SourceFormat(read_authors),
-    "ma-sam": SourceFormat(read_ma_sam),
-    "micro-sam": SourceFormat(read_micro_sam, scale=1.0, share="block", state="model_state"),
-}
-# What a trainer saves beside the model to resume. The state of a second model is none of it, and is refused by name.
+# What a trainer saves beside the model to resume. The state of a second model is not listed, so it is refused by name.
 NOT_OF_THE_MODEL = {
     *("init", "optimizer_state", "scheduler_state", "scaler_state"),
     *("iteration", "epoch", "best_epoch", "best_metric", "current_metric", "train_time", "timestamp"),
 }
 
 
-def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of a ``torch.save`` or safetensors file. Code in a pickle is never run.
+def convert_checkpoint(
+    file: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    source_format: str,
+    scale: float | None = None,
+    leave_out: Iterable[str] = (),
+) -> FacTConfig:
+    """Convert a file as `convert_from` does, and save the adapter for ``PeftModel.from_pretrained``.
+
+    Arguments that are not listed are those of `convert_from`.
+
+    Args:
+        file: A ``torch.save`` or safetensors file. Code in a pickle is never run.
+        folder: Folder of the adapter to write.
+
+    Returns:
+        The config of the adapter.
 
     Raises:
-        ValueError: If the file is missing, damaged, not a mapping from names, or holds more than plain data.
+        ValueError: As `convert_from`, or if the file is damaged or holds more than plain data. Nothing is written then.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"file={str(file)!r} does not exist; pass the checkpoint that the other code saved.")
-    if path.suffix == ".safetensors":
-        return dict(load_file(path))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read as tensors alone: it is damaged, or its pickle holds objects of other code, which "
-            "is never run here. If you trust the file, load it in the code that made it and save its tensors by name, "
-            'such as torch.save(checkpoint["model_state"], ...).'
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; a mapping from names to tensors is needed.")
-    return content
+    config, state_dict = convert_from(source_format, read_checkpoint(file), scale, leave_out)
+    Adapter.from_state_dict(config, state_dict, str(file)).write(folder)
+    return config
 
 
 def convert_from(
     source_format: str, checkpoint: Mapping[str, Any], scale: float | None = None, leave_out: Iterable[str] = ()
 ) -> tuple[FacTConfig, dict[str, Tensor]]:
-    """Convert a checkpoint of another implementation of FacT to an adapter with the same increments, exactly.
+    """Convert a checkpoint of another implementation of FacT to an adapter with exactly the same increments.
 
     Args:
         source_format: Which implementation: ``"authors"``, ``"ma-sam"`` or ``"micro-sam"``.
@@ -113,31 +92,60 @@ def convert_from(
             f"These entries of the checkpoint have no place in a FacT adapter: {', '.join(tensors)}. Without them the "
             "model computes something else; leave_out drops them by a part of their names, if that is what you want."
         )
-    return assemble(layers, scale, heads, known.share)
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    parts = {name: layer.parts for name, layer in layers.items() if layer.parts}
+    factors = join_factors(layers, tensorize(shapes, parts, known.share))
+    # The targets are suffixes, so that a deeper model is noticed. If blocks have their own U and V, maybe only some are
+    # adapted, and the targets are whole names.
+    targets = {name: ".".join(name.split(".")[-2:]) if known.share == "model" else name for name in layers}
+    config = FacTConfig(
+        rank=next(iter(layers.values())).U.shape[1],
+        scale=scale,
+        init_weights=True,
+        fact_dropout=0.1,  # as in all of them
+        target_modules={part for name, layer in layers.items() for part in part_names(targets[name], layer.parts)},
+        share=known.share,
+        modules_to_save=sorted({name.partition(".")[0] for name in heads}),
+        layout=describe_layout(shapes, parts),
+        inference_mode=True,
+    )
+    return config, {f"{PREFIX}{name}": tensor for name, tensor in {**factors, **heads}.items()}
 
 
-def convert_checkpoint(
-    file: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
-    source_format: str,
-    scale: float | None = None,
-    leave_out: Iterable[str] = (),
-) -> FacTConfig:
-    """Convert a file as `convert_from` does, and save the adapter for ``PeftModel.from_pretrained``.
+def join_factors(layers: Mapping[str, SourceLayer], slices: Mapping[str, Slices]) -> dict[str, Tensor]:
+    """The factors of all stacks by their names in the adapted model, from layers in the order of the model."""
+    rank = next(iter(layers.values())).U.shape[1]
+    factors: dict[str, Tensor] = {}
+    cores: dict[str, list[Tensor]] = {}
+    for name, layer in layers.items():
+        owned = slices[name]
+        expected = {"U": (owned.in_width, rank), "V": (owned.out_width, rank), "cores": (owned.count, rank, rank)}
+        for letter, shape in expected.items():
+            factor = getattr(layer, letter)
+            if tuple(factor.shape) != shape:
+                raise ValueError(f"{name} has {letter} of shape {tuple(factor.shape)}; {shape} is needed.")
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"{name} has NaN or infinity in {letter}: training probably diverged.")
+        factors.update({factor_key(owned.stack, "U"): layer.U, factor_key(owned.stack, "V"): layer.V})
+        cores.setdefault(owned.stack, []).append(layer.cores)
+    return factors | {factor_key(stack, "Sigma"): torch.cat(parts) for stack, parts in cores.items()}
 
-    Args:
-        file: A ``torch.save`` or safetensors file. Code in a pickle is never run.
-        folder: Folder of the adapter to write.
-        source_format: As of `convert_from`.
-        scale: As of `convert_from`.
-        leave_out: As of `convert_from`.
 
-    Returns:
-        The config of the adapter.
-
-    Raises:
-        ValueError: As `convert_from`, or if the file is damaged or holds more than plain data. Nothing is written then.
-    """
-    config, state_dict = convert_from(source_format, read_checkpoint(file), scale, leave_out)
-    Adapter.from_state_dict(config, state_dict, str(file)).write(folder)
-    return config
+def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The contents of a ``torch.save`` or safetensors file. Code in a pickle is never run."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"file={str(file)!r} does not exist; pass the checkpoint that the other code saved.")
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors alone: it is damaged, or its pickle holds objects of other code, which "
+            "is never run here. If you trust the file, load it in the code that made it and save its tensors by name, "
+            'such as torch.save(checkpoint["model_state"], ...).'
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a mapping from names to tensors is needed.")
+    return content

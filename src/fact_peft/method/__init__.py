@@ -1,1 +1,1 @@
-"""The mathematics: the stack of slices, its decompositions, and one layer's product. No PEFT in it."""
+"""The mathematics, without PEFT: the stack of slices, its decompositions, and the products of one layer."""

@@ -33,13 +33,13 @@ from .tensorization import Slices
 def blockwise(x: Tensor, matrix: Tensor) -> Tensor:
     """x (I (x) matrix): multiply every block of `x` (..., n p) by the same `matrix` (p, q), to (..., n q)."""
     width, out_width = matrix.shape
-    # Folded by hand: `matmul` decides by requires_grad how to, so that its rounding differs with and without gradients.
+    # Folded by hand, since `matmul` folds or not depending on requires_grad, which would change the rounding.
     product = x.reshape(-1, width) @ matrix
     return product.view(*x.shape[:-1], x.shape[-1] // width * out_width)
 
 
 def core_grid(cores: Tensor, slices: Slices) -> Tensor:
-    """The cores (..., count, r, r) of a layer's `slices` by block, (..., a, b, r, r): zeros in one without slice."""
+    """Arrange the cores (..., count, r, r) of a layer by block, (..., a, b, r, r), with zeros where it has no slice."""
     owned = cores.unflatten(-3, (slices.num_in_blocks, -1))
     if not slices.parts:
         return owned
@@ -54,7 +54,7 @@ def core_matrix(cores: Tensor) -> Tensor:
 
 
 def contract(x: Tensor, U: Tensor, core: Tensor) -> Tensor:
-    """x (I_a (x) U) Core: from the layer's input (..., a d) to (..., b r)."""
+    """x (I_a (x) U) Core: from the input (..., a d) of a layer to (..., b r)."""
     return blockwise(x, U) @ core
 
 
@@ -64,28 +64,28 @@ def contract_identity(U: Tensor, core: Tensor) -> Tensor:
 
 
 def expand(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
-    """onto + s h (I_b (x) V)^T: from (..., b r) to (..., b e), added to `onto` in the pass that computes it."""
+    """onto + s h (I_b (x) V)^T: from (..., b r) to (..., b e), computed and added in one pass."""
     out_width, rank = V.shape
     added = torch.addmm(onto.reshape(-1, out_width), h.reshape(-1, rank), V.t(), alpha=scale)
     return added.view(onto.shape)
 
 
 def expand_(h: Tensor, V: Tensor, scale: float, onto: Tensor) -> Tensor:
-    """`expand`, written into `onto` itself, which must be contiguous."""
+    """`expand` in place: the result is written into `onto`, which must be contiguous."""
     out_width, rank = V.shape
     onto.view(-1, out_width).addmm_(h.reshape(-1, rank), V.t(), alpha=scale)
     return onto
 
 
 def increment(U: Tensor, core: Tensor, V: Tensor, scale: float) -> Tensor:
-    """dW (a d, b e) of a layer, in the paper's orientation: the transpose of an ``nn.Linear`` weight's."""
+    """dW (a d, b e) of a layer in the paper's orientation, which is transposed relative to ``nn.Linear``."""
     h = contract_identity(U, core)
     num_out_blocks = core.shape[1] // V.shape[1]
     return expand(h, V, scale, onto=h.new_zeros(h.shape[0], num_out_blocks * V.shape[0]))
 
 
 def increment_norm(U: Tensor, core: Tensor, V: Tensor, scale: float) -> float:
-    """Frobenius norm of dW, which is never built: the orthonormal parts of U and V do not change it."""
+    """Frobenius norm of dW without building dW: the orthonormal parts of U and V do not change the norm."""
     R_U, R_V = (torch.linalg.qr(factor, mode="r").R.contiguous() for factor in (U, V))
     return increment(R_U, core, R_V, scale).norm().item()
 
@@ -93,7 +93,7 @@ def increment_norm(U: Tensor, core: Tensor, V: Tensor, scale: float) -> float:
 def increment_norms(
     terms: Mapping[str, tuple[Tensor, Tensor, Tensor]], slices: Mapping[str, Slices], scale: float
 ) -> dict[str, float]:
-    """Frobenius norm of dW by layer, of `terms` by stack as `Decomposition.terms` gives them and `slices` by layer."""
+    """Frobenius norm of dW of every layer, from `Decomposition.terms` by stack and the slices by layer."""
     norms = {}
     for layer, owned in slices.items():
         U, cores, V = terms[owned.stack]
@@ -116,11 +116,12 @@ def block_diagonal(count: int, matrix: Tensor) -> Tensor:
 
 
 class Decomposition(ABC):
-    """How the cores Sigma_k of a stack are written. U and V are the same for every member of the family.
+    """How the cores Sigma_k of a stack are written. All decompositions have the same U and V.
 
     Attributes:
         title: What people call it.
-        core_factors: Names of the factors behind the cores. Every core is linear in the last one.
+        core_factors: Names of the factors that make up the cores. The first axis of the last one counts the slices, and
+            every core is linear in it.
     """
 
     title: str
@@ -128,55 +129,53 @@ class Decomposition(ABC):
 
     @abstractmethod
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the `core_factors`."""
+        """Shapes of the `core_factors`, by name."""
 
     @abstractmethod
     def init_core(self, factors: Mapping[str, Tensor]) -> None:
-        """Fill those factors in place as the authors' code does."""
+        """Initialise the `core_factors` in place as the authors' code does."""
 
     @abstractmethod
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
-        """Sigma_k for the slices first <= k < first + count: (..., count, r, r) of factors with axes in front."""
-
-    @abstractmethod
-    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
-        """N, the number of slices of the stack that the factors are of."""
+        """Sigma_k of the slices first <= k < first + count, (..., count, r, r). The factors may have leading axes."""
 
     def terms(self, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """U (..., d, r), the cores Sigma_k of all slices (..., N, r, r) and V (..., e, r) of a stack's factors."""
-        return factors["U"], self.cores(factors, 0, self.num_slices(factors)), factors["V"]
+        """U (..., d, r), the cores Sigma_k of all slices (..., N, r, r) and V (..., e, r) of a stack."""
+        last = self.core_factors[-1]
+        slice_axis = -len(self.core_shapes(num_slices=1, rank=1)[last])
+        return factors["U"], self.cores(factors, 0, factors[last].shape[slice_axis]), factors["V"]
 
     def shapes(self, in_width: int, out_width: int, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all factors of a stack of `num_slices` slices of `in_width` x `out_width`."""
+        """Shapes of all factors of a stack of `num_slices` slices of `in_width` x `out_width`, by name."""
         return {"U": (in_width, rank), "V": (out_width, rank), **self.core_shapes(num_slices, rank)}
 
     @torch.no_grad()
     def init(self, factors: Mapping[str, Tensor], how: bool | str) -> None:
-        """Initialise in place.
+        """Initialise all factors of a stack in place.
 
         Args:
-            factors: All factors of a stack.
-            how: True, as the authors: U as the weight of ``nn.Linear(d, r)``, the core by `init_core`, and V = 0.
-                False: V as the weight of ``nn.Linear(r, e)``, so that dW is not zero. ``"orthogonal"``: orthonormal
-                columns in U and V, and every core zero.
+            factors: The factors, by name.
+            how: ``"orthogonal"``: U and V have orthonormal columns, and the cores are zero. True: as the authors do, U
+                as the weight of ``nn.Linear(d, r)``, the core by `init_core`, and V = 0. False: the same with V as the
+                weight of ``nn.Linear(r, e)``, so that dW is not zero.
         """
         U, V = factors["U"], factors["V"]
         if how == "orthogonal":
-            init_orthonormal(U)
-            init_orthonormal(V)
+            for factor in (U, V):  # in float32, since torch factorizes no half precision
+                factor.copy_(nn.init.orthogonal_(torch.empty_like(factor, dtype=torch.float32)))
+            self.init_core(factors)
+            nn.init.zeros_(factors[self.core_factors[-1]])
         else:
             init_as_linear(U, fan_in=U.shape[0])
             if how:
                 nn.init.zeros_(V)
             else:
                 init_as_linear(V, fan_in=V.shape[1])
-        self.init_core(factors)
-        if how == "orthogonal":
-            nn.init.zeros_(factors[self.core_factors[-1]])
+            self.init_core(factors)
 
 
 class TensorTrain(Decomposition):
-    """FacT-TT, eq. 8: the cores are learned as they are. 2 d r + N r^2 parameters for a square stack."""
+    """FacT-TT, eq. 8: the cores are learned directly. 2 d r + N r^2 parameters for a square stack."""
 
     title = "FacT-TT, tensor-train"
     core_factors = ("Sigma",)
@@ -189,9 +188,6 @@ class TensorTrain(Decomposition):
 
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
         return factors["Sigma"].narrow(-3, first, count)
-
-    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
-        return factors["Sigma"].shape[-3]
 
 
 class Tucker(Decomposition):
@@ -211,14 +207,11 @@ class Tucker(Decomposition):
         P, C = factors["P"].narrow(-2, first, count), factors["C"]
         return (P @ C.flatten(-2)).unflatten(-1, C.shape[-2:])
 
-    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
-        return factors["P"].shape[-2]
-
 
 class CanonicalPolyadic(Decomposition):
     """FacT-CP: the cores are diagonal. 2 d r + N r parameters for a square stack.
 
-    Not in the paper; the next member of its family: a Tucker whose shared cores C[t] have one number each.
+    It is not in the paper. It is a Tucker decomposition whose t-th shared core has a single nonzero entry, at (t, t).
     """
 
     title = "FacT-CP, canonical polyadic"
@@ -233,9 +226,6 @@ class CanonicalPolyadic(Decomposition):
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
         return torch.diag_embed(factors["W"].narrow(-2, first, count))
 
-    def num_slices(self, factors: Mapping[str, Tensor]) -> int:
-        return factors["W"].shape[-2]
-
 
 DECOMPOSITIONS: dict[str, Decomposition] = {"tt": TensorTrain(), "tk": Tucker(), "cp": CanonicalPolyadic()}
 
@@ -244,9 +234,3 @@ def init_as_linear(matrix: Tensor, fan_in: int) -> None:
     """Uniform in +-1/sqrt(fan_in), the default of ``nn.Linear`` weights."""
     bound = fan_in**-0.5
     nn.init.uniform_(matrix, -bound, bound)
-
-
-def init_orthonormal(matrix: Tensor) -> None:
-    """Random orthonormal columns."""
-    # In float32, since torch factorizes no half precision.
-    matrix.copy_(nn.init.orthogonal_(torch.empty_like(matrix, dtype=torch.float32)))

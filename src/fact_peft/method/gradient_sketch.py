@@ -1,14 +1,14 @@
 r"""U and V for a stack of slices from the gradients of the loss with respect to the slices.
 
-With zero cores and G_k (d x e) the gradient of slice k, the gradient of its core is s U^T G_k V. U and V of r
-orthonormal columns that keep most of sum_k |U^T G_k V|^2 are found by higher-order orthogonal iteration (De Lathauwer,
-De Moor and Vandewalle 2000):
+With zero cores and G_k (d x e) the gradient of slice k, the gradient of its core is s U^T G_k V. Higher-order
+orthogonal iteration (De Lathauwer, De Moor and Vandewalle 2000) finds U and V of r orthonormal columns that maximise
+sum_k |U^T G_k V|^2:
 
     U   leading left singular vectors of [G_1 R, ..., G_N R]         R (e x p) holds V
     V   leading left singular vectors of [G_1^T L, ..., G_N^T L]     L (d x p) holds U
 
 starting from random orthonormal L and R (Halko, Martinsson and Tropp 2011). Only the products G_k R and G_k^T L are
-kept. Of a layer with input x and gradient g of its output, G = x^T g, so that G R = x^T (g R) and no G_k is ever built.
+kept. A layer with input x and gradient g of its output has G = x^T g, so that G R = x^T (g R), and no G_k is built.
 
 Letters: d inputs of a slice, e outputs of a slice, a and b input and output blocks of a layer, r rank, N slices,
 p = r + `OVERSAMPLING` columns, unless the slice is narrower.
@@ -24,36 +24,36 @@ from torch import Tensor
 from .fused_linear import without_autocast
 from .tensorization import Slices
 
-OVERSAMPLING = 8  # columns beyond the rank, as Halko, Martinsson and Tropp advise
+OVERSAMPLING = 8  # columns in addition to the rank, as Halko, Martinsson and Tropp recommend
 
 
 class GradientSketch:
     """The products of the gradients of one stack's slices with a few columns.
 
+    Args:
+        shape: (N, d, e).
+        rank: r.
+        generator: The generator, on the CPU, that draws L and R.
+        like: A tensor on the device of the products. They are in float32, or in its dtype if that is more precise.
+
     Attributes:
         left: L (d, p).
         right: R (e, p).
-        from_left: G_k^T L of all slices, (N, e, p).
-        from_right: G_k R of all slices, (N, d, p).
-        weights: What the gradient of each slice is multiplied with, (N,); see `scale_layers`.
+        products: G_k^T L of all slices, (N, e, p), and G_k R of all slices, (N, d, p).
+        weights: The factor for the gradient of each slice, (N,), see `scale_layers`.
     """
 
     def __init__(self, shape: tuple[int, int, int], rank: int, generator: torch.Generator, like: Tensor) -> None:
-        """
-        Args:
-            shape: (N, d, e).
-            rank: r.
-            generator: Draws L and R, on the CPU.
-            like: Has the device of the products and, if it is more precise than float32, their dtype.
-        """
         num_slices, in_width, out_width = shape
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.left, self.right = (
             random_orthonormal(width, min(rank + OVERSAMPLING, width), generator).to(like.device, dtype)
             for width in (in_width, out_width)
         )
-        self.from_left = self.right.new_zeros(num_slices, out_width, self.left.shape[1])
-        self.from_right = self.left.new_zeros(num_slices, in_width, self.right.shape[1])
+        self.products = (
+            self.right.new_zeros(num_slices, out_width, self.left.shape[1]),
+            self.left.new_zeros(num_slices, in_width, self.right.shape[1]),
+        )
         self.weights = torch.ones(num_slices, dtype=torch.float64)
 
     def add(self, slices: Slices, x: Tensor, g: Tensor) -> None:
@@ -74,17 +74,12 @@ class GradientSketch:
         blocks = blocks.unflatten(0, (-1, slices.in_width)).transpose(1, 2).flatten(0, 1)
         self._add(slices, blocks.mT @ self.left.to(blocks.device), blocks @ self.right.to(blocks.device))
 
-    def _add(self, slices: Slices, from_left: Tensor, from_right: Tensor) -> None:
-        own = slice(slices.first, slices.first + slices.count)
-        self.from_left[own] += from_left.to(self.from_left.device)
-        self.from_right[own] += from_right.to(self.from_right.device)
-
-    @property
-    def products(self) -> tuple[Tensor, Tensor]:
-        return self.from_left, self.from_right
+    def _add(self, slices: Slices, *products: Tensor) -> None:
+        for total, product in zip(self.products, products, strict=True):
+            total[slices.first : slices.first + slices.count] += product.to(total.device)
 
     def scale_layers(self, layers: Iterable[Slices]) -> None:
-        """Weigh every layer so that its gradient has norm 1, as estimated from random L and R."""
+        """Set the weights so that the gradient of every layer has norm 1, as estimated from random L and R."""
         left, right = (product.cpu().double().square().sum((1, 2)) for product in self.products)
         for slices in layers:
             own = slice(slices.first, slices.first + slices.count)
@@ -92,23 +87,20 @@ class GradientSketch:
             self.weights[own] = square.rsqrt() if square > 0 else 0
 
     def directions(self, columns: int | None = None) -> tuple[Tensor, Tensor]:
-        """U and V of so many orthonormal columns, or of p, in float64 on the CPU."""
+        """U and V with `columns` orthonormal columns, or with p, in float64 on the CPU."""
         V, U = (
-            leading(self._weighted(product), kept.shape[1] if columns is None else columns)
+            leading(product.cpu().double() * self.weights[:, None, None], columns or kept.shape[1])
             for product, kept in zip(self.products, (self.right, self.left), strict=True)
         )
         return U, V
 
     def turn(self) -> None:
-        """Look from the directions found so far: they become L and R, and the sums start again."""
+        """Replace L and R by the directions found so far, and set the products to zero."""
         U, V = self.directions()
         self.left.copy_(U)
         self.right.copy_(V)
         for product in self.products:
             product.zero_()
-
-    def _weighted(self, product: Tensor) -> Tensor:
-        return product.cpu().double() * self.weights[:, None, None]
 
 
 def leading(matrices: Tensor, count: int) -> Tensor:

@@ -1,31 +1,31 @@
-"""Which slices of which stack each linear layer owns. Pure bookkeeping on names and shapes, no tensors.
+"""Which slices of which stack each linear layer owns, computed from names and shapes alone.
 
 FacT stacks the weight increments of a network into one tensor of equal slices and factorizes that tensor. A weight of
 ``in = a * d`` inputs and ``out = b * d`` outputs is cut into ``a * b`` slices of ``d x d``; all slices of one width
 ``d``, from whatever layer, form one stack. A ViT has one width, hence one stack; Swin has one per stage (the paper's
-"partitioned tensorization"). A weight whose sides do not divide is a single rectangular slice, stacked with all others
-of its shape.
+"partitioned tensorization"). A weight of which neither side divides the other is a single rectangular slice, stacked
+with all others of its shape.
 
 The order of the slices in a stack is the order of the layers in the model, and within a layer row-major over
 (input block, output block).
 
-A layer may make queries, keys and values in one: its outputs are those of q, then of k, then of v. If only some of the
-three are adapted, only their output blocks have slices. With ``share="block"`` every transformer block has its own
-stacks.
+A fused layer computes queries, keys and values at once: its outputs are those of q, then of k, then of v. If only some
+of the three are adapted, only their output blocks have slices. With ``share="block"`` every transformer block has its
+own stacks.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, product
 from types import MappingProxyType
 
 # More than any model has. A layout of a few characters could otherwise list more layers than fit into memory.
 MAX_LAYERS = 100_000
-# The parts of a layer that makes queries, keys and values in one, in the order of its outputs.
-PARTS = "qkv"
-WHOLE: Mapping[str, str] = MappingProxyType({})  # no layer in part
+PARTS = "qkv"  # the parts of a fused layer, in the order of its outputs
+WHOLE: Mapping[str, str] = MappingProxyType({})  # every layer is adapted as a whole
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Slices:
         in_width: Inputs of one slice.
         out_width: Outputs of one slice.
         first: Position of the layer's first slice in the stack.
-        num_in_blocks: How many slices lie side by side along the layer's input (the ``a`` of ``in = a * d``).
-        num_out_blocks: The same along the output (the ``b`` of ``out = b * d``).
-        parts: Which of q, k and v have slices, such as ``"qv"``; empty if the whole layer has.
+        num_in_blocks: Number of slices along the input of the layer (the ``a`` of ``in = a * d``).
+        num_out_blocks: Number of slices along its output (the ``b`` of ``out = b * d``).
+        parts: Which of q, k and v have slices, such as ``"qv"``. Empty if the whole layer has.
     """
 
     stack: str
@@ -54,20 +54,21 @@ class Slices:
     @property
     def out_blocks(self) -> list[int]:
         """The output blocks that have slices, in order."""
-        in_a_part = self.num_out_blocks // len(PARTS)
-        return [j for j in range(self.num_out_blocks) if not self.parts or PARTS[j // in_a_part] in self.parts]
+        blocks_per_part = self.num_out_blocks // len(PARTS)
+        return [j for j in range(self.num_out_blocks) if not self.parts or PARTS[j // blocks_per_part] in self.parts]
 
     @property
     def count(self) -> int:
-        return self.num_in_blocks * len(self.out_blocks)
+        """Number of slices."""
+        num_owned = self.num_out_blocks // len(PARTS) * len(self.parts) if self.parts else self.num_out_blocks
+        return self.num_in_blocks * num_owned
 
     @property
     def places(self) -> list[int | None]:
-        """Position in the stack of every block, row-major over (input block, output block); None for one without."""
-        position = iter(range(self.first, self.first + self.count))
-        owned = set(self.out_blocks)
-        blocks = range(self.num_in_blocks * self.num_out_blocks)
-        return [next(position) if block % self.num_out_blocks in owned else None for block in blocks]
+        """Position in the stack of every block, row-major over (input block, output block); None without a slice."""
+        position, owned = iter(range(self.first, self.first + self.count)), self.out_blocks
+        blocks = product(range(self.num_in_blocks), range(self.num_out_blocks))
+        return [next(position) if j in owned else None for _, j in blocks]
 
     @property
     def in_features(self) -> int:
@@ -79,7 +80,7 @@ class Slices:
 
 
 def slice_shape(in_features: int, out_features: int) -> tuple[int, int]:
-    """Shape (inputs, outputs) of the slices of a linear layer: square where its sides divide, else its own."""
+    """Shape (inputs, outputs) of the slices of a linear layer: square if one side divides the other, else its own."""
     short, long = sorted((in_features, out_features))
     return (short, short) if long % short == 0 else (in_features, out_features)
 
@@ -87,21 +88,18 @@ def slice_shape(in_features: int, out_features: int) -> tuple[int, int]:
 def tensorize(
     linear_shapes: Mapping[str, tuple[int, int]], parts: Mapping[str, str] = WHOLE, share: str = "model"
 ) -> dict[str, Slices]:
-    """Give every linear layer its slices.
+    """The slices of every linear layer, by layer name.
 
     Args:
         linear_shapes: (in_features, out_features) by layer name, in the order of the model.
-        parts: Which of q, k and v to cut into slices, such as ``"qv"``, of those layers that are not whole, by name.
+        parts: Which of q, k and v are adapted, such as ``"qv"``, by the name of each layer that is adapted in part.
         share: ``"model"`` for one stack of all slices of one shape, ``"block"`` for one in every block.
 
-    Returns:
-        The slices by layer name, in the same order.
-
     Raises:
-        ValueError: If the slices of a layer in `parts` do not divide into q, k and v; or if every block has its own
-            stacks, and a layer is in no block, or the names of two blocks differ in dots and dashes only.
+        ValueError: If the slices of a layer in `parts` do not divide into q, k and v; or with ``share="block"``, if a
+            layer is in no block, or the names of two blocks differ only in dots and dashes.
     """
-    stack_sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     blocks: dict[str, str] = {}
     slices = {}
     for name, (in_features, out_features) in linear_shapes.items():
@@ -125,18 +123,18 @@ def tensorize(
             stack=stack,
             in_width=in_width,
             out_width=out_width,
-            first=stack_sizes.get(stack, 0),
+            first=sizes[stack],
             num_in_blocks=in_features // in_width,
             num_out_blocks=out_features // out_width,
             parts=parts.get(name, ""),
         )
-        stack_sizes[stack] = slices[name].first + slices[name].count
+        sizes[stack] += slices[name].count
     return slices
 
 
 @lru_cache(maxsize=8)
 def slices_of(layout: tuple[str, ...], share: str = "model") -> Mapping[str, Slices]:
-    """The slices by layer name of a layout from `describe_layout`, cached since thousands of adapters share one.
+    """`tensorize` of a layout from `describe_layout`. It is cached because thousands of adapters share a layout.
 
     Raises:
         ValueError: As `read_layout` and `tensorize`.
@@ -145,24 +143,23 @@ def slices_of(layout: tuple[str, ...], share: str = "model") -> Mapping[str, Sli
 
 
 def split_stack(stack: str) -> tuple[str, str]:
-    """The shape of the slices in a stack's name, and the block with dashes for dots; empty if blocks share stacks."""
+    """The slice shape and the block in a stack's name. The block has dashes for dots, and is empty without blocks."""
     shape, _, block = stack.partition("@")
     return shape, block
 
 
 def stack_sizes(slices: Iterable[Slices]) -> dict[str, int]:
     """Number of slices in each stack."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for owned in slices:
-        sizes[owned.stack] = sizes.get(owned.stack, 0) + owned.count
+        sizes[owned.stack] += owned.count
     return sizes
 
 
 def split_at_block(name: str) -> tuple[str, str, str]:
-    """Cut a layer's name ``"<container>.<index>.<path>"`` at its last index that has a path behind it.
+    """Split a layer's name ``"<container>.<index>.<path>"`` at its last index that is followed by a path.
 
-    Returns:
-        Container, index and path; of a layer outside all blocks container and index are empty.
+    Container and index are empty if the layer is outside all blocks.
     """
     match = re.fullmatch(r"(.*)\.(\d+)\.(.*?\D.*)", f".{name}")
     container, index, path = match.groups() if match else ("", "", f".{name}")
@@ -170,10 +167,10 @@ def split_at_block(name: str) -> tuple[str, str, str]:
 
 
 def block_of(name: str) -> str:
-    """Name of the transformer block of a layer, read from the layer's own name; empty if there is none.
+    """Name of the transformer block of a layer, read from the layer's own name. Empty if there is none.
 
-    It ends with the last index in the name, as in ``blocks.3.attn.qkv``; without an index, with the last part that ends
-    in a digit, as in torchvision's ``encoder_layer_3.self_attention.in_proj``.
+    The block's name ends with the last index, as in ``blocks.3.attn.qkv``. Without an index it ends with the last part
+    that ends in a digit, as in torchvision's ``encoder_layer_3.self_attention.in_proj``.
     """
     container, index, _ = split_at_block(name)
     numbered = re.fullmatch(r"(.*\d)\.(.*?\D.*)", name)
@@ -181,34 +178,30 @@ def block_of(name: str) -> str:
 
 
 def describe_layout(linear_shapes: Mapping[str, tuple[int, int]], parts: Mapping[str, str] = WHOLE) -> list[str]:
-    """Describe which layers a set of stacks was built from, in order.
+    """Describe which layers are adapted, in order; the arguments are those of `tensorize`.
 
     Equal consecutive blocks share one line, so twelve blocks of a ViT read
     ``"vit.layers.0-11: attention.q_proj 768x768, ..., mlp.fc1 768x3072, mlp.fc2 3072x768"``. A fused layer of which
     only q and v are adapted reads ``"attn.qkv 768x2304[qv/qkv]"``. Two models get the same description exactly when
-    every slice belongs to the same layer in both. `read_layout` is the inverse. Arguments as of `tensorize`.
+    every slice belongs to the same layer in both. `read_layout` is the inverse.
     """
     located = []
     for name, (in_features, out_features) in linear_shapes.items():
         container, index, path = split_at_block(name)
         part = f"[{parts[name]}/{PARTS}]" if name in parts else ""
         located.append((container, index, f"{path} {in_features}x{out_features}{part}"))
-    blocks = [
-        (container, index, ", ".join(layer for _, _, layer in layers))
-        for (container, index), layers in groupby(located, key=lambda item: item[:2])
-    ]
-
     lines: list[str] = []
-    start = 0
-    for end, (container, index, layers) in enumerate(blocks, start=1):
-        follows = end < len(blocks) and index != "" and blocks[end] == (container, str(int(index) + 1), layers)
-        if follows:
-            continue
-        first = blocks[start][1]
+    first, expected = "", None  # the first block of the current line, and the block that would continue the line
+    for (container, index), group in groupby(located, key=lambda item: item[:2]):
+        layers = ", ".join(layer for _, _, layer in group)
+        if (container, index, layers) == expected:
+            lines.pop()
+        else:
+            first = index
         indices = first if first == index else f"{first}-{index}"
         where = ".".join(part for part in (container, indices) if part)
         lines.append(f"{where}: {layers}" if where else layers)
-        start = end
+        expected = (container, str(int(index) + 1), layers) if index else None
     return lines
 
 

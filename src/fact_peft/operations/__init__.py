@@ -1,1 +1,1 @@
-"""What one does with a finished adapter: exchange it in place, export it as a LoRA, look at it."""
+"""What one does with an adapter: start, train, replace, inspect and export it."""

@@ -1,6 +1,4 @@
-"""A start of U and V from the gradients of a few batches of the task."""
-
-from __future__ import annotations
+"""Initialize U and V from the gradients of a few batches of the task."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,8 +20,7 @@ from ..method.gradient_sketch import GradientSketch, random_orthonormal
 from ..method.tensorization import Slices
 from ..tuner.factors import FacTStack
 from ..tuner.layer import FacTLinear
-from ..tuner.merging import is_merged
-from ..tuner.removal import own_stacks
+from ..tuner.lifecycle import is_merged, own_stacks
 
 Loss = Callable[[nn.Module, Any], Tensor]
 PASSES = 2  # over the batches: with random directions, and with those found
@@ -44,25 +41,25 @@ def initialize_from_gradients(
         model = get_peft_model(vit, FacTConfig())
         initialize_from_gradients(model, dataloader)
 
-    The batches are run twice, forward and backward, through the model in evaluation mode. The gradients of all slices
-    of a stack, those of each layer scaled to norm 1, are decomposed together; see `method/gradient_sketch.py`. No
-    gradient is kept whole. The cores stay zero, so that the model computes what it did, and nothing but U and V
-    changes. Under ``torch.distributed`` all processes must call this, each with batches of its own; all get the same
+    The batches are run twice, forward and backward, through the model in evaluation mode. The gradients of each layer
+    are scaled to norm 1, and those of all slices of a stack are decomposed together; see `method/gradient_sketch.py`.
+    No gradient is kept whole. Only U and V change. The cores stay zero, so that the outputs of the model stay the same.
+    Under ``torch.distributed`` all processes must call this function, each with its own batches, and all get the same
     factors.
 
     Args:
         model: A `PeftModel`, or a model with injected FacT layers; before or after it is wrapped for DDP.
         dataloader: Batches, of which the first `num_batches` are held in memory.
-        num_batches: How many; fewer if there are no more.
-        loss: The loss of a model and a batch. None: the batch is a dict, and the loss is ``model(**batch).loss``.
-        adapter_name: The adapter; as `FacTConfig` starts it by default, and not trained yet.
-        seed: Of the random directions and of what the dataloader draws.
+        num_batches: The number of batches to use; all of them if there are fewer.
+        loss: A function of model and batch. None: the batch is a dict, and the loss is ``model(**batch).loss``.
+        adapter_name: The adapter, which has the default initialization of `FacTConfig` and is not trained yet.
+        seed: Seed of the random directions and of the dataloader.
         show_progress_bar: Whether to show a progress bar.
 
     Raises:
-        ValueError: If there is no such adapter; its cores are not zero, or it is merged; the model is sharded by FSDP,
-            ZeRO-3 or tensor parallelism; there is no batch; the model returns no loss, or one without a gradient; or a
-            gradient is not finite. The adapter is then as it was.
+        ValueError: If there is no such adapter, its cores are not zero, or it is merged; if the model is sharded by
+            FSDP, ZeRO-3 or tensor parallelism; if there is no batch; if the model returns no loss, or one without a
+            gradient; or if a gradient is not finite. The adapter is then as it was.
     """
     if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
         raise ValueError(f"num_batches={num_batches!r} is not a whole number of at least 1; pass one, such as 8.")
@@ -96,7 +93,7 @@ def initialize_from_gradients(
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> list[FacTLinear]:
-    """The layers that an adapter of `model` has slices of."""
+    """The layers of `model` that an adapter adapts."""
     stacks = own_stacks(model)
     return [m for m in model.modules() if isinstance(m, FacTLinear) and m.fact_stacks.get(adapter_name) in stacks]
 
@@ -114,7 +111,7 @@ def check_whole(model: nn.Module) -> None:
 
 
 def check_untrained(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter whose increment is not zero, or would not be with other U and V."""
+    """Refuse an adapter whose cores are not zero, or that is merged."""
     fact_config(model, adapter_name)
     if is_merged(model, adapter_name):
         raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is initialized.")
@@ -138,14 +135,14 @@ def check_some(batches: list[Any], sketches: Mapping[FacTStack, GradientSketch])
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Have `model` in evaluation mode and frozen; afterwards it and the random numbers are as before."""
+    """Put `model` into evaluation mode and freeze it; restore it and the random number generators at the end."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(list(devices)):
             model.eval()
-            for parameter in trained:  # whose gradients would be computed in vain
+            for parameter in trained:  # their gradients are not needed
                 parameter.requires_grad_(False)
             yield
     finally:
@@ -181,7 +178,7 @@ def add_gradients(
     adapter_name: str,
     progress: tqdm,
 ) -> None:
-    """Sum the products of the gradients over all batches of all processes."""
+    """Add the gradients of all batches of all processes to the sketches."""
     bad = None
     with watched(model, sketches, adapter_name) as reached:
         for number, batch in enumerate(batches):
@@ -217,11 +214,11 @@ def add_gradients(
 def watched(
     model: nn.Module, sketches: Mapping[FacTStack, GradientSketch], adapter_name: str
 ) -> Iterator[list[Tensor]]:
-    """Have every layer's gradients added to the sketch of its stack.
+    """Within the context, a backward pass adds the gradients of every layer to the sketch of its stack.
 
     Yields:
-        A list that fills, in a forward pass, with the tensors that gradients must be asked of: inputs of the first
-        layers, since nothing before them needs a gradient, and weights that are read by whoever calls no layer.
+        A list to which a forward pass appends the tensors whose gradients must be computed: the inputs of the first
+        layers, since nothing before them needs a gradient, and weights that are read without a call of their layer.
     """
     reached: list[Tensor] = []
 
@@ -247,7 +244,7 @@ def watched(
         def add_weight(gradient: Tensor) -> Tensor:
             G = gradient if layer.fan_in_fan_out else gradient.t()
             sketches[layer.fact_stacks[adapter_name]].add_gradient(layer.fact_slices[adapter_name], G)
-            return gradient.new_zeros(()).expand_as(gradient)  # so that it is not kept whole
+            return gradient.new_zeros(()).expand_as(gradient)  # in its place, to free its memory
 
         weight.register_hook(add_weight)
         return weight
@@ -275,7 +272,7 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def write(sketches: Mapping[FacTStack, GradientSketch], adapter_name: str, generator: torch.Generator) -> None:
-    """Copy what was found into the factors; those of a stack without gradients stay as they are."""
+    """Copy the directions found into U and V; those of a stack without gradients stay as they are."""
     for stack, sketch in sketches.items():
         if not sketch.weights.any():
             continue

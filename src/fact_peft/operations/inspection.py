@@ -1,4 +1,4 @@
-"""A look at an adapter without its base model: what it holds, its bytes on disk, and where in the network it acts."""
+"""Inspect an adapter without its base model: its contents, its bytes on disk, and the size of its increments."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
-from ..adapter.names import for_terminal
-from ..adapter.validation import PREFIX
+from ..adapter.names import PREFIX, for_terminal
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import split_at_block
 
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskBytes:
-    """Bytes that a task takes on disk, in the two files that an adapter is loaded from.
+    """Bytes of the two files of an adapter on disk.
 
     Attributes:
         factors: The factors, scales of packed numbers included.
-        others: What is trained beside them: the head, biases.
+        others: The other trained tensors: head and biases.
         header: Names and shapes in the safetensors file.
         config: ``adapter_config.json``.
     """
@@ -63,18 +62,17 @@ def storage_in_words(config: FacTConfig) -> str:
 
 
 def describe(adapter: Adapter, folder: Path | None = None) -> str:
-    """The adapter in a few lines of text, in which names that somebody else chose are quoted for a terminal.
+    """Describe an adapter in a few lines of text. Control characters in the names it contains are escaped.
 
     Args:
         adapter: The adapter.
         folder: Where it was read from; None leaves out the bytes.
     """
     config = adapter.config
-    sizes = {stack: sum(factor.numel() for factor in factors.values()) for stack, factors in adapter.factors.items()}
+    title = DECOMPOSITIONS[config.decomposition].title
     shared = "" if config.share == "model" else ", U and V per block"
     lines = [
-        f"method      {DECOMPOSITIONS[config.decomposition].title}, rank {config.rank}, scale {config.scaling:g}"
-        + shared,
+        f"method      {title}, rank {config.rank}, scale {config.scaling:g}{shared}",
         f"base        {config.base_model_name_or_path or 'not recorded'}",
         f"parameters  {adapter.num_factor_parameters:,} in the factors, {adapter.num_other_parameters:,} in the head "
         "and other trained modules",
@@ -82,9 +80,10 @@ def describe(adapter: Adapter, folder: Path | None = None) -> str:
     ]
     if folder is not None:
         lines.append(f"bytes       {task_bytes(adapter, folder)}")
-    for stack, size in sizes.items():
+    for stack, factors in adapter.factors.items():
         count = sum(slices.count for slices in adapter.slices.values() if slices.stack == stack)
-        shapes = ", ".join(f"{letter} {list(factor.shape)}" for letter, factor in adapter.factors[stack].items())
+        size = sum(factor.numel() for factor in factors.values())
+        shapes = ", ".join(f"{letter} {list(factor.shape)}" for letter, factor in factors.items())
         lines.append(f"stack       {count} slices of {stack}, {size:,} parameters: {shapes}")
     lines += [f"layers      {line}" for line in config.layout or []]
     lines += [f"trained     {name} {list(tensor.shape)}" for name, tensor in adapter.others.items()]
@@ -98,14 +97,9 @@ def describe(adapter: Adapter, folder: Path | None = None) -> str:
 
 
 def increment_map(norms: dict[str, float]) -> tuple[list[str], list[str], Tensor]:
-    """The norms as a map.
+    """The result of `Adapter.increment_norms` as names of blocks, names of matrices, and norms (blocks, matrices).
 
-    Args:
-        norms: Frobenius norms by layer name, as `Adapter.increment_norms` gives them.
-
-    Returns:
-        Names of the blocks, names of the matrices, and the norms (blocks, matrices), NaN where a block lacks a matrix
-        or a norm is not finite.
+    A norm is NaN where a block lacks the matrix.
     """
     located = {split_at_block(name): norm for name, norm in norms.items()}
     blocks = list(dict.fromkeys((container, index) for container, index, _ in located))
@@ -131,18 +125,19 @@ def plot_increments(norms: dict[str, float], axes: Axes) -> None:
         raise ValueError("The increments are too large to be drawn; the factors are probably damaged.")
     picture = axes.imshow(grid.numpy(), aspect="auto", vmin=0)
     containers = {block.rpartition(".")[0] for block in blocks}
-    axes.set_yticks(
-        range(len(blocks)), blocks if len(containers) > 1 else [b.rpartition(".")[2] for b in blocks], parse_math=False
-    )
-    axes.set_ylabel("block" if len(containers) > 1 else f"block of {containers.pop()}", parse_math=False)
+    label = "block"
+    if len(containers) == 1:
+        label, blocks = f"block of {containers.pop()}", [block.rpartition(".")[2] for block in blocks]
+    axes.set_yticks(range(len(blocks)), blocks, parse_math=False)
+    axes.set_ylabel(label, parse_math=False)
     axes.set_xticks(range(len(matrices)), matrices, rotation=30, ha="right", parse_math=False)
     axes.set_title("Frobenius norm of dW")
     axes.figure.colorbar(picture, ax=axes)
 
 
 def draw_increments(norms: dict[str, float], file: str | Path) -> None:
-    """Save the map of `plot_increments`, in the format of the file's ending, such as ``.png``."""
-    from matplotlib.figure import Figure  # wanted for pictures only
+    """Save the map of `plot_increments` in the format of the file's suffix, such as ``.png``."""
+    from matplotlib.figure import Figure  # not every user of the package has it
 
     num_blocks = len({split_at_block(name)[:2] for name in norms})
     figure = Figure(figsize=(8, 2 + 0.3 * num_blocks), layout="constrained")

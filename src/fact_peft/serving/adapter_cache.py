@@ -1,4 +1,7 @@
-"""Where the numbers of adapters lie: on the device, in host memory or on disk. Least recently used goes first."""
+"""Where the numbers of adapters are: on the device, in host memory or on disk.
+
+When the device or host memory has more adapters than it may, the least recently used one moves to the next place.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,11 @@ from .pooled_adapter import PooledAdapter
 
 
 class AdapterCache:
-    """Vectors of pooled adapters. Callers must hold a lock. A vector that was given out is never changed."""
+    """The vectors of pooled adapters. A vector that was given out is never changed.
+
+    Callers must hold a lock. The arguments are those of `AdapterPool`. Files are written to a new folder inside
+    `spill_folder`, which is removed with this object.
+    """
 
     def __init__(
         self,
@@ -26,16 +33,6 @@ class AdapterCache:
         host_capacity: int | None,
         spill_folder: str | Path | None,
     ) -> None:
-        """
-        Args:
-            device: Of the model.
-            device_capacity: How many adapters lie there; None for all.
-            host_capacity: How many more lie in host memory; None for all others.
-            spill_folder: Where those beyond lie, in a folder of their own that is removed with this object.
-
-        Raises:
-            ValueError: If a capacity is no positive number, or there is a `host_capacity` and no `spill_folder`.
-        """
         for name, value, least in (("device_capacity", device_capacity, 1), ("host_capacity", host_capacity, 0)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r} is not a whole number of at least {least}, nor None for no limit.")
@@ -55,7 +52,7 @@ class AdapterCache:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def put(self, adapter: PooledAdapter, vector: Tensor) -> None:
-        """Take in a new adapter; not at all if there is no room on the disk for one that has to give way."""
+        """Add a new adapter. If another one has to move to the disk and cannot, nothing is added."""
         self._on_device[adapter] = vector.to(self.device)
         try:
             self._make_room()
@@ -64,11 +61,7 @@ class AdapterCache:
             raise
 
     def take(self, adapter: PooledAdapter) -> Tensor:
-        """The vector of a adapter, on the device; used last from now on.
-
-        Raises:
-            ValueError: If its file is gone or damaged.
-        """
+        """The vector of an adapter, on the device. The adapter is now the most recently used one."""
         if adapter in self._on_device:
             self._on_device.move_to_end(adapter)
             return self._on_device[adapter]
@@ -80,21 +73,21 @@ class AdapterCache:
         return vector
 
     def drop(self, adapter: PooledAdapter) -> None:
-        """Forget a adapter."""
+        """Remove an adapter and its file."""
         self._on_device.pop(adapter, None)
         self._on_host.pop(adapter, None)
         if adapter in self._files:
             self._files.pop(adapter).unlink(missing_ok=True)
 
     def stats(self) -> dict[str, int]:
-        """How many adapters lie where, the bytes of those in memory, and how often one left the device."""
-        in_memory = [*self._on_device, *self._on_host]
+        """How many adapters are where, the bytes of those in memory, and how often one left the device."""
+        in_memory = {**self._on_device, **self._on_host}
         return {
             "resident": len(self._on_device),
             "host": len(self._on_host),
-            "disk": len(self._files.keys() - set(in_memory)),
+            "disk": len(self._files.keys() - in_memory.keys()),
             "evictions": self.evictions,
-            "bytes": sum(adapter.num_bytes for adapter in in_memory),
+            "bytes": sum(vector.nbytes for vector in in_memory.values()),
         }
 
     def _make_room(self) -> None:
@@ -109,19 +102,19 @@ class AdapterCache:
             del self._on_host[adapter]
 
     def _write(self, adapter: PooledAdapter, vector: Tensor) -> None:
-        """Pooled adapters do not change, so each is written once."""
-        if adapter not in self._files:
-            assert self._folder is not None
-            self._num_files += 1
-            file = self._folder / f"{self._num_files}.safetensors"
-            try:
-                save_file({"numbers": vector}, file)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"spill_folder={str(self._folder.parent)!r} cannot be written ({error}); free space there, or pass "
-                    "another folder or a larger host_capacity."
-                ) from error
-            self._files[adapter] = file
+        if adapter in self._files:
+            return  # an adapter does not change, so its first file is still right
+        assert self._folder is not None
+        self._num_files += 1
+        file = self._folder / f"{self._num_files}.safetensors"
+        try:
+            save_file({"numbers": vector}, file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"spill_folder={str(self._folder.parent)!r} cannot be written ({error}); free space there, or pass "
+                "another folder or a larger host_capacity."
+            ) from error
+        self._files[adapter] = file
 
     def _read(self, adapter: PooledAdapter) -> Tensor:
         file = self._files[adapter]

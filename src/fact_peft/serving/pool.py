@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
 from ..method.fused_linear import autocast_dtype
-from ..tuner.batch_axis import check_batch_axis
+from ..tuner.adapter_names import check_batch_axis
 from ..tuner.mixed_batch import BASE, calling_with
 from .adapter_cache import AdapterCache
-from .gathering import gather
-from .pooled_adapter import PooledAdapter, norms_of, pooled, read
+from .pooled_adapter import PooledAdapter
 from .pooled_model import PooledModel
 
 Source = str | Path | Adapter | tuple[FacTConfig, dict[str, Tensor]]
@@ -32,7 +31,7 @@ class Prediction:
     Attributes:
         adapter: Name of the adapter; None for the base model.
         logits: (num_labels,), on the device of the model.
-        labels: The class names in the order of the logits; None if nobody has named them.
+        labels: The class names in the order of the logits; None if they are not known.
     """
 
     adapter: str | None
@@ -47,7 +46,7 @@ class Prediction:
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The `k` most probable classes, or all if there are fewer, with their probabilities.
 
-        A class without a name goes by its number.
+        A class without a name is called by its number.
         """
         scores, indices = self.scores.topk(min(k, len(self.logits)))
         names = [str(i) if self.labels is None else self.labels[i] for i in indices.tolist()]
@@ -55,10 +54,11 @@ class Prediction:
 
 
 class AdapterPool:
-    """One pass over a batch in which every image has the adapter, or the adapters, it asks for.
+    """Computes one batch in which every image has the adapter, or the adapters, that are asked for it.
 
-    An adapter is one vector of numbers, neither module nor parameter. Any number of threads may call the pool and load
-    into it at once: a call computes with the whole version of each adapter that the pool had when it began.
+    The pool holds an adapter as one vector of numbers; it is neither a module nor a parameter. Any number of threads
+    may call the pool and load adapters at the same time. A call uses the versions of the adapters that the pool had
+    when the call began.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class AdapterPool:
                 the pool works on its weights, not on a copy of them.
             device_capacity: How many adapters are kept on the device of `vit`; None for all.
             host_capacity: How many of the others are kept in host memory; None for all.
-            spill_folder: Where the rest lies.
+            spill_folder: Where the rest is written to disk.
             dtype: What the adapters are stored in: float32, bfloat16 or float16.
 
         Raises:
@@ -87,18 +87,18 @@ class AdapterPool:
         self.model = PooledModel(vit)
         self.dtype = dtype
         self._run: Any = self.model.module
-        self._lock = Lock()  # of the two below
+        self._lock = Lock()  # for the attributes below
         self._cache = AdapterCache(self.model.reference.device, device_capacity, host_capacity, spill_folder)
         self._versions: dict[str, PooledAdapter] = {}
         self._loads = 0
 
     def load(self, name: str, source: Source, *, revision: str | None = None, token: str | bool | None = None) -> None:
-        """Take in an adapter, in place of an earlier one of this name.
+        """Add an adapter, or replace the one that has this name.
 
         Args:
-            name: What calls will ask for.
-            source: Folder, name on the Hub, or from memory a `Adapter` or a config with what
-                `get_peft_model_state_dict` gives.
+            name: The name by which calls ask for it.
+            source: A folder, a name on the Hub, an `Adapter`, or a pair of a config and what
+                `get_peft_model_state_dict` returns.
             revision: Branch, tag or commit on the Hub.
             token: Hub token.
 
@@ -108,7 +108,7 @@ class AdapterPool:
         """
         if not isinstance(name, str) or not name or name == BASE:
             raise ValueError(f"name={name!r} cannot name an adapter; pass a string that is not empty nor {BASE!r}.")
-        version, vector = pooled(name, read(source, revision, token), self.model, self.dtype)
+        version, vector = self.model.admit(name, read(source, revision, token), self.dtype)
         with self._lock:
             self._cache.put(version, vector)
             earlier = self._versions.get(name)
@@ -118,7 +118,7 @@ class AdapterPool:
             self._loads += 1
 
     def unload(self, name: str) -> None:
-        """Forget an adapter. Calls that have begun finish with it.
+        """Remove an adapter. Calls that have begun finish with it.
 
         Raises:
             ValueError: If there is none of this name.
@@ -140,7 +140,7 @@ class AdapterPool:
 
     def stats(self) -> dict[str, int]:
         """How many adapters are ``resident`` on the device, in ``host`` memory and on ``disk``, the ``bytes`` of those
-        in memory, and since the beginning ``evictions`` from the device and ``loads``."""
+        in memory, and the numbers of ``evictions`` from the device and of ``loads`` since the pool was made."""
         with self._lock:
             return {**self._cache.stats(), "loads": self._loads}
 
@@ -153,7 +153,7 @@ class AdapterPool:
         with self._lock:
             version = self._version(name)
             vector = self._cache.take(version)
-        return norms_of(version, vector)
+        return version.increment_norms(vector)
 
     def compile(self, **options: Any) -> None:
         """Compile the model with ``torch.compile``. Other adapters do not compile it again; a rank or a number of
@@ -164,7 +164,7 @@ class AdapterPool:
     def __call__(
         self, pixel_values: Tensor, adapters: Sequence[str | Sequence[str] | None]
     ) -> list[Prediction | list[Prediction]]:
-        """What adapters say of images.
+        """Classify images with adapters.
 
         Args:
             pixel_values: (B, channels, height, width), on the device of the model.
@@ -181,11 +181,11 @@ class AdapterPool:
         asked = [
             (image, None if name == BASE else name)
             for image, entry in enumerate(adapters)
-            for name in ([entry] if entry is None or isinstance(entry, str) else entry)
+            for name in ([entry] if isinstance(entry, str | None) else entry)
         ]
         predictions = iter(self._predict(pixel_values, asked) if asked else [])
         return [
-            next(predictions) if entry is None or isinstance(entry, str) else [next(predictions) for _ in entry]
+            next(predictions) if isinstance(entry, str | None) else [next(predictions) for _ in entry]
             for entry in adapters
         ]
 
@@ -197,22 +197,34 @@ class AdapterPool:
         rows = [image for image, _ in asked]
         if rows != list(range(len(pixel_values))):
             pixel_values = pixel_values[torch.tensor(rows, device=pixel_values.device)]
-        dtype = autocast_dtype(pixel_values) or self.model.reference.dtype
-        batch = gather(owners, self.model, dtype) if any(owners) else None
-        if batch is not None:
+        batch = None
+        if any(owners):
+            batch = self.model.gather(owners, autocast_dtype(pixel_values) or self.model.reference.dtype)
             check_batch_axis(self.model.module, batch, (pixel_values,), {})
         with calling_with(batch):
             output = self._run(pixel_values)
         # Cloned, since a compiled model may write its next output into the same memory.
         logits = (output if isinstance(output, Tensor) else output.logits).clone()
-        predictions = []
-        for (_, name), version, scores in zip(asked, versions, logits, strict=True):
-            num_labels = self.model.num_labels if version is None else version.num_labels
-            labels = self.model.labels if version is None else version.labels
-            predictions.append(Prediction(name, scores[:num_labels], labels))
-        return predictions
+        return [
+            Prediction(name, scores[: owner.num_labels], owner.labels)
+            for (_, name), scores, owner in zip(asked, logits, [v or self.model for v in versions], strict=True)
+        ]
 
     def _version(self, name: str) -> PooledAdapter:
         if name not in self._versions:
             raise ValueError(f"There is no adapter {name!r} in the pool; load it first.")
         return self._versions[name]
+
+
+def read(source: Any, revision: str | None, token: str | bool | None) -> Adapter:
+    """The adapter of a `Source`."""
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[0], FacTConfig):
+        return Adapter.from_state_dict(source[0], source[1])
+    if isinstance(source, (str, Path)):
+        return Adapter.read(source, revision, token)
+    raise ValueError(
+        f"source is a {type(source).__name__}; pass a folder, a name on the Hub, an Adapter, or a pair of FacTConfig "
+        "and state dict."
+    )

@@ -1,119 +1,131 @@
-"""One adapter as the pool holds it: checked, and never changed. Loading it again makes another one."""
+"""Adapters as the pool holds them: a description, which never changes, and one vector with all numbers."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..adapter.config import FacTConfig
-from ..method.decomposition import increment_norms
-from .adapter_spec import AdapterSpec, spec_of
-from .pooled_model import PooledModel
+from ..method.decomposition import DECOMPOSITIONS, Decomposition, increment_norms
+from ..method.fused_linear import FactorBank, reordered
+from ..method.tensorization import Slices, slices_of
+
+Shape = tuple[int, ...]
+Tensors = Mapping[str, Mapping[str, Tensor]]  # the factors by stack and paper letter, the head under "" by name
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSpec:
+    """Names and shapes of an adapter's tensors. The vectors of adapters with the same spec can be stacked.
+
+    Attributes:
+        slices: The slices of every adapted layer, by layer name.
+        decomposition: How the cores are written.
+        rank: Rank of the factors.
+        shapes: Shapes of the tensors in the order of the vector, under the keys of `Tensors`.
+    """
+
+    slices: Mapping[str, Slices]
+    decomposition: Decomposition
+    rank: int
+    shapes: Mapping[str, Mapping[str, Shape]]
+
+    @cached_property
+    def stacks(self) -> list[str]:
+        return [stack for stack in self.shapes if stack]
+
+    @property
+    def heads(self) -> Mapping[str, Shape]:
+        """Shapes of the head's tensors by name; empty if the adapter has no head."""
+        return self.shapes.get("", {})
+
+    def join(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """All tensors as one vector in host memory."""
+        flat = (tensors[group][name].detach().flatten() for group, names in self.shapes.items() for name in names)
+        return torch.cat([numbers.to("cpu", dtype) for numbers in flat])
+
+    def split(self, vectors: Tensor) -> Tensors:
+        """The tensors (n, ...) in the vectors (n, size) of n adapters, as views."""
+        sizes = [math.prod(shape) for shapes in self.shapes.values() for shape in shapes.values()]
+        parts = iter(vectors.split(sizes, dim=-1))
+        return {
+            group: {name: next(parts).unflatten(-1, shape) for name, shape in shapes.items()}
+            for group, shapes in self.shapes.items()
+        }
+
+
+@cache
+def make_spec(
+    layout: tuple[str, ...], share: str, decomposition: str, rank: int, shapes: tuple[tuple[str, str, Shape], ...]
+) -> AdapterSpec:
+    """The spec with these settings: the same object for the same settings, so that specs are compared by identity."""
+    by_group: dict[str, dict[str, Shape]] = defaultdict(dict)
+    for group, name, shape in shapes:
+        by_group[group][name] = shape
+    return AdapterSpec(slices_of(layout, share), DECOMPOSITIONS[decomposition], rank, dict(by_group))
+
+
+def to_vector(adapter: Adapter, dtype: torch.dtype) -> tuple[AdapterSpec, Tensor]:
+    """The spec of an adapter, and all its numbers as one vector in host memory."""
+    config, tensors = adapter.config, {**adapter.factors, "": adapter.others}
+    shapes = tuple(
+        (group, name, tuple(tensor.shape))
+        for group, named in sorted(tensors.items())
+        for name, tensor in sorted(named.items())
+    )
+    spec = make_spec(tuple(config.layout or ()), config.share, config.decomposition, config.rank, shapes)
+    return spec, spec.join(tensors, dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class PooledAdapter:
-    """What an adapter is beside its numbers, which lie in an `AdapterCache`.
+    """What the pool knows of an adapter. The vector of its numbers is in an `AdapterCache`.
 
     Attributes:
-        spec: Names and shapes of its numbers.
+        spec: Names and shapes in the vector.
         scale: The scale s.
-        labels: The class names.
+        labels: The class names; None if they are not known.
         num_labels: The number of its logits.
-        num_bytes: What its numbers take.
     """
 
     spec: AdapterSpec
     scale: float
     labels: list[str] | None
     num_labels: int
-    num_bytes: int
+
+    def increment_norms(self, vector: Tensor) -> dict[str, float]:
+        """Frobenius norm of dW, scale included, by layer name; `vector` has the adapter's numbers."""
+        tensors = self.spec.split(vector.cpu().double())
+        terms = {stack: self.spec.decomposition.terms(tensors[stack]) for stack in self.spec.stacks}
+        return increment_norms(terms, self.spec.slices, self.scale)
 
 
-def read(source: Any, revision: str | None, token: str | bool | None) -> Adapter:
-    """An adapter from a folder, the Hub, or memory: a config and what `get_peft_model_state_dict` gives.
+class StackedAdapters:
+    """n adapters of one spec, with each of their tensors stacked along a first axis."""
 
-    Raises:
-        ValueError: If `source` is no adapter of FacT.
-    """
-    if isinstance(source, Adapter):
-        return source
-    if isinstance(source, (tuple, list)) and len(source) == 2 and isinstance(source[0], FacTConfig):
-        return Adapter.from_state_dict(source[0], source[1])
-    if isinstance(source, (str, Path)):
-        return Adapter.read(source, revision, token)
-    raise ValueError(
-        f"source is a {type(source).__name__}; pass a folder, a name on the Hub, an Adapter, or a pair of FacTConfig "
-        "and state dict."
-    )
+    def __init__(self, spec: AdapterSpec, vectors: Mapping[PooledAdapter, Tensor], device: torch.device) -> None:
+        numbers = torch.stack(list(vectors.values())).to(device)
+        # The cores are sums of products of few numbers. In half precision they would lose what their storage has kept.
+        numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+        self.spec = spec
+        self.tensors = spec.split(numbers)
+        self.scales = torch.tensor([adapter.scale for adapter in vectors], dtype=numbers.dtype, device=device)
 
+    def bank(self, stack: str, ours: Mapping[str, Slices]) -> FactorBank:
+        """The factors in a stack, with a core for each of `ours`, the model's slices by layer."""
+        if stack not in self.tensors:
+            return FactorBank.empty(len(self.scales))
+        U, cores, V = self.spec.decomposition.terms(self.tensors[stack])
+        return FactorBank(U, reordered(cores * self.scales[:, None, None, None], self.spec.slices, ours), V)
 
-def pooled(name: str, adapter: Adapter, model: PooledModel, dtype: torch.dtype) -> tuple[PooledAdapter, Tensor]:
-    """What the pool keeps of an adapter, and its numbers as one vector in host memory.
-
-    Raises:
-        ValueError: If it cannot be pooled; says the adapter and why.
-    """
-    config = adapter.config
-    reasons = objections(adapter, model)
-    if not reasons:
-        shapes = tuple((key, tuple(tensor.shape)) for key, tensor in adapter.others.items())
-        spec = spec_of(tuple(config.layout or ()), config.share, config.decomposition, config.rank, shapes)
-        tensors = {(stack, letter): t for stack, group in adapter.factors.items() for letter, t in group.items()}
-        vector = spec.join(tensors | {("", key): tensor for key, tensor in adapter.others.items()}, dtype)
-        if not torch.isfinite(vector).all():
-            reasons.append(f"it holds NaN, infinity, or numbers too large for {dtype}")
-    if reasons:
-        raise ValueError(f"Adapter {name!r} cannot be pooled: {'; '.join(reasons)}.")
-    shape = spec.heads.get(f"{list(model.heads)[-1]}.weight")
-    num_labels, labels = (model.num_labels, model.labels) if shape is None else (shape[0], config.labels)
-    if labels is not None and len(labels) != num_labels:
-        raise ValueError(f"Adapter {name!r} cannot be pooled: it has {len(labels)} labels for {num_labels} logits.")
-    return PooledAdapter(spec, config.scaling, labels, num_labels, vector.nbytes), vector
-
-
-def objections(adapter: Adapter, model: PooledModel) -> list[str]:
-    """Why an adapter does not belong on a model, by its names and shapes."""
-    config, reasons = adapter.config, []
-    for layer, owned in adapter.slices.items():
-        own = model.slices.get(layer)
-        if own is None:
-            reasons.append(f"it adapts {layer}, which is no linear layer that this model calls outside its head")
-        elif (owned.in_features, owned.out_features) != (own.in_features, own.out_features):
-            reasons.append(
-                f"its layer {layer} is {owned.in_features}x{owned.out_features}, but {own.in_features}x"
-                f"{own.out_features} in this model"
-            )
-        if reasons:
-            return [*reasons, "it was trained on another backbone"]
-    if config.bias != "none":
-        reasons.append(f"it has trained biases (bias={config.bias!r}) of layers that all adapters share")
-    for key, tensor in adapter.others.items():
-        head, _, kind = key.rpartition(".")
-        base = getattr(model.heads.get(head), kind, None)
-        if not isinstance(base, Tensor) or kind not in ("weight", "bias"):
-            if config.bias == "none" or kind != "bias":
-                reasons.append(f"it has trained {key}, which is not part of the head ({', '.join(model.heads)})")
-        elif tensor.shape[1:] != base.shape[1:] or tensor.dim() != base.dim():
-            reasons.append(f"its {key} is {list(tensor.shape)}, but {list(base.shape)} in this model")
-    for head, base in model.heads.items():
-        kinds = {kind for kind in ("weight", "bias") if getattr(base, kind) is not None}
-        given = {kind for kind in kinds if f"{head}.{kind}" in adapter.others}
-        if given and given != kinds:
-            reasons.append(f"of its head {head} only {', '.join(given)} is there")
-        outputs = {len(adapter.others[f"{head}.{kind}"]) for kind in given}
-        if len(outputs) > 1:
-            reasons.append(f"weight and bias of its head {head} have different numbers of outputs")
-    return reasons
-
-
-def norms_of(adapter: PooledAdapter, vector: Tensor) -> dict[str, float]:
-    """Frobenius norm of dW, scale included, by layer name."""
-    spec = adapter.spec
-    tensors = {key: tensor[0] for key, tensor in spec.split(vector.cpu().double()[None]).items()}
-    return increment_norms({stack: spec.terms(tensors, stack) for stack in spec.factors}, spec.slices, adapter.scale)
+    def head(self, name: str, frozen: Tensor) -> Tensor:
+        """A tensor (n, ...) of the heads; n times that of the model, `frozen`, if the adapters have no head."""
+        if name in self.spec.heads:
+            return self.tensors[""][name]
+        return frozen.expand(len(self.scales), *frozen.shape)

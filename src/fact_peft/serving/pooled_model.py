@@ -1,4 +1,4 @@
-"""A frozen model whose layers and head take the factors and heads of every image from the batch they compute."""
+"""A frozen classifier whose layers and head compute each image of a batch with the adapter of that image."""
 
 from __future__ import annotations
 
@@ -6,41 +6,42 @@ import copy
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..adapter.adapter import Adapter
 from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers, named_labels
 from ..architecture.linears import find_linears
+from ..method.fused_linear import FactorBank, joined, of_images
 from ..method.tensorization import Slices, block_of, stack_sizes, tensorize
-from ..tuner.mixed_batch import current_batch
-from ..tuner.per_image_weight import PerImageWeight
+from ..tuner.mixed_batch import MixedBatch, PerImageWeight, current_batch
+from ..upstream import AuxiliaryTrainingWrapper
+from .pooled_adapter import AdapterSpec, PooledAdapter, StackedAdapters, to_vector
 
 
 class PooledLinear(nn.Module):
-    """``y_i = base_layer(x_i) + x_i dW_i`` for every image i of the batch."""
+    """``y_i = base_layer(x_i) + x_i dW_i`` for every image i of the batch.
+
+    The layer has slices in a stack of the whole model and, if it is in a block, in a stack of the block.
+    """
 
     def __init__(self, base_layer: nn.Module, slices: Sequence[Slices]) -> None:
-        """
-        Args:
-            base_layer: A linear layer, quantised or not, or transformers' ``Conv1D``.
-            slices: Its slices among those of the model and, if it lies in a block, among those of the block.
-        """
         super().__init__()
         self.base_layer = base_layer
         self.slices: dict[Hashable, Slices] = {owned.stack: owned for owned in slices}
         self.in_features, self.out_features = slices[0].in_features, slices[0].out_features
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(R, ..., in_features) to (R, ..., out_features), where every image has as many of the R rows."""
+        """(R, ..., in_features) to (R, ..., out_features), where every image has the same number of the R rows."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
         batch = current_batch()
         return y if batch is None else batch.add(self.base_layer, x, y, self.slices)
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, or in a batch what stands for every image's own."""
+        """The frozen weight; in a batch, an object that multiplies every image by the image's own weight."""
         weight: Any = self.base_layer.weight
         batch = current_batch()
         if batch is None or type(self.base_layer) is not nn.Linear:
@@ -49,13 +50,12 @@ class PooledLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The frozen bias."""
         bias: Any = self.base_layer.bias
         return bias
 
 
 class PooledHead(nn.Module):
-    """A linear classifier that is another one for every image of the batch."""
+    """A linear classifier with a weight and a bias of its own for every image of the batch."""
 
     def __init__(self, base_layer: nn.Linear, name: str) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class PooledHead(nn.Module):
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, ..., in) to (R, ..., out), out being that of the largest head in the batch."""
+        """(R, ..., in) to (R, ..., out), where out is that of the largest head in the batch."""
         batch = current_batch()
         if batch is None:
             y: Tensor = self.base_layer(x)
@@ -72,24 +72,19 @@ class PooledHead(nn.Module):
 
 
 class PooledModel:
-    """A copy of a model, on the same weights, that computes pooled batches.
+    """A copy of a model on the same weights, and what adapters have to do with it.
 
     Attributes:
         module: The copy, in evaluation mode.
-        slices: The slices of every linear layer outside the heads, by name; those of the blocks come first. Not those
-            of ``nn.MultiheadAttention``, which it does not call.
-        slices_by_block: Of those in blocks, the slices that they have where every block is a stack of its own.
-        slices_of: The slices of every stack by layer name.
-        num_slices: Their number.
         heads: The classifiers, by name; the last one has an output per label.
         labels: The class names of the model itself.
+        slices: The slices of every linear layer outside the heads, by name; those of the blocks come first. The
+            projections of ``nn.MultiheadAttention`` are left out, since torch never calls them as modules.
+        slices_of: The slices of every stack by layer name, for stacks of the whole model and for stacks of one block.
+        num_slices: Number of slices in each stack.
     """
 
     def __init__(self, vit: nn.Module) -> None:
-        """
-        Raises:
-            ValueError: If `vit` has adapters, or is not a classifier with linear heads.
-        """
         if any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in vit.modules()):
             raise ValueError(
                 f"vit is a {type(vit).__name__} with adapters in it; pass the model without (unload() takes them out) "
@@ -104,28 +99,25 @@ class PooledModel:
             if type(head) is not nn.Linear:
                 raise ValueError(f"The head {name} of vit is a {type(head).__name__}; only linear heads are pooled.")
             self.heads[name] = head
+            self._replace(name, PooledHead(head, name))
         if not self.heads:
             raise ValueError(f"vit is a {type(vit).__name__} without a classification head; the pool wants one.")
-        linears = {**find_block_linears(vit), **find_linears(vit)}
-        called = {name: shape for name, shape in linears.items() if self._calls(vit, name)}
-        self.slices = tensorize(called)
-        in_blocks = {name: shape for name, shape in called.items() if block_of(name)}
-        self.slices_by_block = tensorize(in_blocks, share="block")
-        self.slices_of: dict[str, dict[str, Slices]] = {}
-        for name, its_slices in [*self.slices.items(), *self.slices_by_block.items()]:
-            self.slices_of.setdefault(its_slices.stack, {})[name] = its_slices
-        self.num_slices = stack_sizes([*self.slices.values(), *self.slices_by_block.values()])
-        for name in called:
-            owned = [slices[name] for slices in (self.slices, self.slices_by_block) if name in slices]
-            self._replace(name, PooledLinear(vit.get_submodule(name), owned))
-        for name, head in self.heads.items():
-            self._replace(name, PooledHead(head, name))
 
-    def _calls(self, vit: nn.Module, name: str) -> bool:
-        """Whether a linear layer is a module outside the heads that is called, as torch's attention does not do."""
-        return name not in self.heads and not isinstance(
-            vit.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention
-        )
+        called = {
+            name: shape
+            for name, shape in {**find_block_linears(vit), **find_linears(vit)}.items()
+            if name not in self.heads
+            and not isinstance(vit.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+        }
+        self.slices = tensorize(called)
+        by_block = tensorize({name: shape for name, shape in called.items() if block_of(name)}, share="block")
+        self.slices_of: dict[str, dict[str, Slices]] = {}
+        for name in called:
+            owned = [slices[name] for slices in (self.slices, by_block) if name in slices]
+            for its_slices in owned:
+                self.slices_of.setdefault(its_slices.stack, {})[name] = its_slices
+            self._replace(name, PooledLinear(vit.get_submodule(name), owned))
+        self.num_slices = stack_sizes([*self.slices.values(), *by_block.values()])
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
@@ -133,10 +125,105 @@ class PooledModel:
 
     @property
     def reference(self) -> Tensor:
-        """A tensor of the device and the precision of the model."""
+        """A tensor with the device and the data type of the model."""
         return next(iter(self.heads.values())).weight
 
     @property
     def num_labels(self) -> int:
-        """The labels of the model itself."""
+        """The number of logits of the model itself."""
         return list(self.heads.values())[-1].out_features
+
+    def admit(self, name: str, adapter: Adapter, dtype: torch.dtype) -> tuple[PooledAdapter, Tensor]:
+        """Check that an adapter fits the model; return its description, and its numbers in host memory."""
+        reasons = self._objections(adapter)
+        if not reasons:
+            spec, vector = to_vector(adapter, dtype)
+            if not torch.isfinite(vector).all():
+                reasons.append(f"it holds NaN, infinity, or numbers too large for {dtype}")
+        if not reasons:
+            shape = spec.heads.get(f"{list(self.heads)[-1]}.weight")
+            num_labels, labels = (shape[0], adapter.config.labels) if shape else (self.num_labels, self.labels)
+            if labels is not None and len(labels) != num_labels:
+                reasons.append(f"it has {len(labels)} labels for {num_labels} logits")
+        if reasons:
+            raise ValueError(f"Adapter {name!r} cannot be pooled: {'; '.join(reasons)}.")
+        return PooledAdapter(spec, adapter.config.scaling, labels, num_labels), vector
+
+    def _objections(self, adapter: Adapter) -> list[str]:
+        """Why the names and shapes of an adapter do not fit the model; empty if they do."""
+        for layer, theirs in adapter.slices.items():
+            ours = self.slices.get(layer)
+            if ours is None:
+                reason = f"it adapts {layer}, which is no linear layer that this model calls outside its head"
+            elif (theirs.in_features, theirs.out_features) != (ours.in_features, ours.out_features):
+                reason = (
+                    f"its layer {layer} is {theirs.in_features}x{theirs.out_features}, but {ours.in_features}x"
+                    f"{ours.out_features} in this model"
+                )
+            else:
+                continue
+            return [reason, "it was trained on another backbone"]
+        bias, reasons = adapter.config.bias, []
+        if bias != "none":
+            reasons.append(f"it has trained biases (bias={bias!r}) of layers that all adapters share")
+        for key, tensor in adapter.others.items():
+            head, _, kind = key.rpartition(".")
+            base = getattr(self.heads.get(head), kind, None)
+            if isinstance(base, Tensor):
+                if tensor.dim() != base.dim() or tensor.shape[1:] != base.shape[1:]:
+                    reasons.append(f"its {key} is {list(tensor.shape)}, but {list(base.shape)} in this model")
+            elif bias == "none" or kind != "bias":
+                reasons.append(f"it has trained {key}, which is not part of the head ({', '.join(self.heads)})")
+        for head, base in self.heads.items():
+            kinds = [kind for kind in ("weight", "bias") if getattr(base, kind) is not None]
+            given = {kind: adapter.others[f"{head}.{kind}"] for kind in kinds if f"{head}.{kind}" in adapter.others}
+            if 0 < len(given) < len(kinds):
+                reasons.append(f"of its head {head} only {', '.join(given)} is there")
+            if len({tensor.shape[:1] for tensor in given.values()}) > 1:
+                reasons.append(f"weight and bias of its head {head} have different numbers of outputs")
+        return reasons
+
+    def gather(self, owners: Sequence[tuple[PooledAdapter, Tensor] | None], dtype: torch.dtype) -> MixedBatch:
+        """The factors and heads of a batch that is multiplied in `dtype`. Adapters of one spec are stacked together.
+
+        `owners` has the adapter of every image with its vector, or None for the base model; not all are None. Ranks and
+        numbers of labels are raised to the next power of two, so that a compiled model sees few shapes.
+        """
+        vectors_by_spec: dict[AdapterSpec, dict[PooledAdapter, Tensor]] = {}
+        for adapter, vector in filter(None, owners):
+            vectors_by_spec.setdefault(adapter.spec, {})[adapter] = vector
+        in_order = [adapter for vectors in vectors_by_spec.values() for adapter in vectors]
+        place_of = {adapter: place for place, adapter in enumerate([*in_order, None])}
+        places = [place_of[owner and owner[0]] for owner in owners]
+        with_base = len(in_order) in places
+        device = self.reference.device
+        groups = [StackedAdapters(spec, vectors, device) for spec, vectors in vectors_by_spec.items()]
+
+        rank = next_power_of_two(max(spec.rank for spec in vectors_by_spec))
+        banks = {}
+        for stack in dict.fromkeys(stack for spec in vectors_by_spec for stack in spec.stacks):
+            parts = [group.bank(stack, self.slices_of[stack]) for group in groups] + [FactorBank.empty(1)] * with_base
+            bank = FactorBank.join(parts, self.num_slices[stack], rank)
+            banks[stack] = bank.to(device, dtype).of_images(places)
+
+        def bank_in(stack: str, device: torch.device, dtype: torch.dtype) -> FactorBank | None:
+            return banks[stack].to(device, dtype) if stack in banks else None
+
+        def of_heads(key: str, frozen: Tensor) -> Tensor:
+            parts = [group.head(key, frozen) for group in groups]
+            num_outputs = next_power_of_two(max(len(frozen), *(part.shape[1] for part in parts)))
+            together = joined(parts + [frozen[None]] * with_base, num_outputs, *frozen.shape[1:])
+            return of_images(together.to(dtype), places)
+
+        heads = {
+            name: (
+                of_heads(f"{name}.weight", head.weight),
+                None if head.bias is None else of_heads(f"{name}.bias", head.bias),
+            )
+            for name, head in self.heads.items()
+        }
+        return MixedBatch(places, bank_in, heads=heads)
+
+
+def next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,8 +1,7 @@
-"""An image classifier as one thing: adapter, head, labels, image processor and model card go and come together."""
+"""Save, load and push an image classifier: adapter, head, labels, image processor and model card together."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,14 +16,18 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..adapter.adapter import Adapter
-from ..adapter.config import FacTConfig, fact_config
 from ..adapter.files import find_folder, replacing_files
 from ..adapter.names import is_hub_id
 from ..architecture.heads import label_settings
 from ..upstream import accept_in_pipeline
-from .base_model import load_base, name_of_timm_model
-from .card import check_metrics, copy_model_card, write_model_card
-from .image_processor import find_image_processor, load_image_processor, save_image_processor
+from .base_model import (
+    find_image_processor,
+    load_base,
+    load_image_processor,
+    name_of_timm_model,
+    save_image_processor,
+)
+from .card import CARD, check_metrics, write_model_card
 
 FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, IMAGE_PROCESSOR_NAME]
 
@@ -40,36 +43,32 @@ def save_image_classifier(
 ) -> None:
     """Save the active adapter of `model` with its head, labels, image processor and a model card.
 
-    Each file is written beside the old one and then renamed, so that a process that is killed, or a full disk, damages
-    none (see `Adapter.write`). Under torch.distributed every process may call this; rank 0 writes.
+    Each file is written beside the old one and then renamed, so that a killed process or a full disk damages no file
+    (see `Adapter.write`). Under torch.distributed every process may call this; rank 0 writes.
 
     Args:
         model: An image classifier of transformers or timm with a FacT adapter.
-        image_processor: What prepares its images. For a timm model: its data config, or None for the one that
+        image_processor: The image processor of the model. For a timm model: its data config, or None for the one that
             timm resolves from the model.
-        folder: Where to save. What a user wrote into a model card that lies there is kept.
+        folder: Where to save. If it has a model card, what a user wrote there is kept.
         metrics: Results to list in the model card, such as ``{"accuracy": 0.93}``.
-        base_model: Hub id of the base model, if it was not loaded by that.
-        storage: Data type of the factors on disk, such as ``"int8"``, see `FacTConfig`; None: as the adapter's config
-            says. The model is not changed: `quantize_adapter` rounds it, for metrics of what is saved.
-        head_storage: The same for the head; None: as the config says, by default at least ``"int8"``.
+        base_model: Hub id of the base model, if the model was not loaded by that id.
+        storage: Data type of the factors on disk, such as ``"int8"``, see `FacTConfig`; None for that of the adapter's
+            config. The model is not changed. To measure what is saved, round it with `quantize_adapter` first.
+        head_storage: The same for the head; None for that of the config, by default at least ``"int8"``.
 
     Raises:
         ValueError: If the active adapter of `model` is not a FacT adapter, there are several, `image_processor` cannot
             be saved, a metric is no number, or a number of the adapter is not finite. The folder is then as it was.
     """
     folder = Path(folder)
-    check_metrics(metrics)
-    adapter = active_adapter(model, base_model, storage, head_storage)
-    base = model.get_base_model()
-    image_processor = find_image_processor(image_processor, base)
+    adapter, image_processor = parts_to_save(model, image_processor, metrics, base_model, storage, head_storage)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
     with replacing_files(folder) as staging:
-        save_image_processor(image_processor, base, staging)
+        save_image_processor(image_processor, model.get_base_model(), staging)
         adapter.write_files(staging)
-        copy_model_card(folder, staging)
-        write_model_card(adapter, staging, folder.resolve().name, metrics)
+        write_model_card(adapter, staging, folder.resolve().name, metrics, earlier=folder / CARD)
 
 
 def load_image_classifier(
@@ -81,12 +80,12 @@ def load_image_classifier(
 ) -> tuple[PeftModel, BaseImageProcessor]:
     """Load a classifier with its labels and preprocessing.
 
-    One of transformers is ready for ``pipeline("image-classification", model=..., image_processor=...)``. One of timm
-    takes what its image processor makes: ``model(image_processor(images)["pixel_values"])``.
+    A model of transformers is ready for ``pipeline("image-classification", model=..., image_processor=...)``. A model
+    of timm takes what its image processor returns: ``model(image_processor(images)["pixel_values"])``.
 
     Args:
-        folder_or_hub_id: Where the adapter of a transformers or timm model lies; it may have been saved by PEFT alone.
-        base_model: Name, folder, or the loaded model, in place of the base model that the adapter names.
+        folder_or_hub_id: Folder or Hub id of the adapter, which may have been saved by PEFT alone.
+        base_model: Name, folder, or the loaded model, to use in place of the base model that the adapter names.
         revision: Branch, tag or commit of the adapter's repository.
         token: Hub token.
 
@@ -122,17 +121,13 @@ def push_image_classifier(
     token: str | bool | None = None,
     commit_message: str = "Upload FacT adapter",
 ) -> CommitInfo:
-    """Upload what `save_image_classifier` saves, in one commit; the repository is created if it is missing.
+    """Upload what `save_image_classifier` saves, in one commit. The repository is created if it is missing.
+
+    Arguments that are not listed are those of `save_image_classifier`.
 
     Args:
-        model: As for `save_image_classifier`.
-        image_processor: Likewise.
-        repo_id: Repository to upload to. Of a model card that is there, what a user wrote is kept.
-        metrics: Results to list in the model card, such as ``{"accuracy": 0.93}``.
-        base_model: Hub id of the base model, if it was not loaded by that.
-        storage: As for `save_image_classifier`.
-        head_storage: Likewise.
-        private: Whether a new repository is private. None: as the owner's default is.
+        repo_id: Repository to upload to. If it has a model card, what a user wrote there is kept.
+        private: Whether a new repository is private; None for the default of its owner.
         token: Hub token.
         commit_message: Message of the commit.
 
@@ -140,10 +135,7 @@ def push_image_classifier(
         ValueError: If the active adapter is not a FacT adapter, there are several, a metric is no number, or the base
             model is not known by a Hub id. Nothing has been sent then.
     """
-    check_metrics(metrics)
-    adapter = active_adapter(model, base_model, storage, head_storage)
-    base = model.get_base_model()
-    image_processor = find_image_processor(image_processor, base)
+    adapter, image_processor = parts_to_save(model, image_processor, metrics, base_model, storage, head_storage)
     name = adapter.config.base_model_name_or_path
     if not is_hub_id(name):
         raise ValueError(
@@ -152,36 +144,27 @@ def push_image_classifier(
         )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        save_image_processor(image_processor, model.get_base_model(), folder)
         adapter.write_files(folder)
-        save_image_processor(image_processor, base, folder)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         try:
-            shutil.copyfile(hf_hub_download(repo_id, "README.md", token=token), folder / "README.md")
+            earlier = Path(hf_hub_download(repo_id, CARD, token=token))
         except EntryNotFoundError:
-            pass
-        write_model_card(adapter, folder, repo_id, metrics)
+            earlier = None
+        write_model_card(adapter, folder, repo_id, metrics, earlier)
         return upload_folder(repo_id=repo_id, folder_path=folder, token=token, commit_message=commit_message)
 
 
-def active_adapter(model: PeftModel, base_model: str | None, storage: str | None, head_storage: str | None) -> Adapter:
-    """The active adapter of `model`, with what is to be saved in its config."""
-    config = active_config(model)
-    adapter = Adapter.of(model, model.active_adapter)
-    changes = {"storage": storage or config.storage, "head_storage": head_storage or config.head_storage}
-    recorded, revision = adapter.config.base_model_name_or_path, None
-    if base_model is None and recorded is None:
-        base_model, revision = name_of_timm_model(model.get_base_model())
-    if base_model and base_model != recorded:
-        changes |= {"base_model_name_or_path": base_model, "revision": revision}
-    return adapter.replace(**changes)
-
-
-def active_config(model: PeftModel) -> FacTConfig:
-    """The config of the active adapter.
-
-    Raises:
-        ValueError: If it is not a FacT adapter, there are several, or `model` is not a `PeftModel`.
-    """
+def parts_to_save(
+    model: PeftModel,
+    image_processor: Any,
+    metrics: dict[str, float] | None,
+    base_model: str | None,
+    storage: str | None,
+    head_storage: str | None,
+) -> tuple[Adapter, Any]:
+    """Check the arguments of `save_image_classifier`; return the adapter and the image processor to save."""
+    check_metrics(metrics)
     if not isinstance(model, PeftModel):
         raise ValueError(f"model is a {type(model).__name__}; pass the PeftModel that get_peft_model returned.")
     active = model.active_adapters
@@ -193,4 +176,11 @@ def active_config(model: PeftModel) -> FacTConfig:
             if active
             else "model has no active adapter; call set_adapter(...) with the one to save."
         )
-    return fact_config(model, model.active_adapter)
+    adapter, base = Adapter.of(model, active[0]), model.get_base_model()
+    config, revision = adapter.config, None
+    changes = {"storage": storage or config.storage, "head_storage": head_storage or config.head_storage}
+    if base_model is None and config.base_model_name_or_path is None:
+        base_model, revision = name_of_timm_model(base)
+    if base_model and base_model != config.base_model_name_or_path:
+        changes |= {"base_model_name_or_path": base_model, "revision": revision}
+    return adapter.replace(**changes), find_image_processor(image_processor, base)

@@ -1,1 +1,1 @@
-"""What PEFT calls: the configuration, the shared factors, the layers, and the tuner that puts them into a model."""
+"""The tuner that PEFT calls: shared factors, adapted layers and heads, mixed batches, and the model class."""

@@ -1,29 +1,37 @@
-"""One adapter per image of a batch: ``model(pixel_values=..., adapter_names=["a", "b", "__base__"])``."""
+"""One adapter per image of a batch: ``model(pixel_values=..., adapter_names=["a", "b", "__base__"])``.
+
+An image can have its own adapter only if the model keeps the rows of each image together. A layer sees rows, not
+images. Most models have one row, or one table of rows, per image in front; Swin folds the windows of an image into the
+first axis, image by image. Others put all images before all mirrored ones, or the tokens before the images, and no
+shape tells these apart. `check_batch_axis` therefore tests a model once for every shape of its inputs: the adapters of
+images 0, 2, 4... give NaN in one call, and the outputs of images 1, 3, 5... must be free of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..method.per_image import FactorBank, reordered
+from ..method.fused_linear import FactorBank, reordered
 from ..method.tensorization import Slices
-from .batch_axis import check_batch_axis
 from .factors import FacTStack
 from .head import FacTHead
 from .layer import FacTLinear
 from .mixed_batch import BASE, MixedBatch, calling_with
 
-# What models call their batch, where they do not say so themselves.
+# Names that models give to the batch of inputs, tried in addition to the model's own `main_input_name`.
 INPUTS = ("pixel_values", "input_ids", "inputs_embeds", "input_values", "input_features", "x")
-# What PEFT's models take out of the arguments before they call ours.
+# Arguments that PEFT's models remove before they call the adapted model.
 FOR_PEFT = ("adapter_names", "alora_offsets")
-Owned = dict[FacTLinear, Slices]  # of one stack
+Owned = dict[FacTLinear, Slices]  # the layers of one adapter in one stack
+_CHECKED: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -35,8 +43,8 @@ def using_adapters(
     Args:
         model: The adapted model.
         adapter_names: One per image; ``"__base__"`` for none.
-        args: What `model` will be called with.
-        kwargs: The same, and what is for PEFT.
+        args: The positional arguments that `model` will be called with.
+        kwargs: The keyword arguments, including those for PEFT.
 
     Raises:
         ValueError: If the names are not one per image, the model is training, has merged adapters or does not keep the
@@ -63,11 +71,7 @@ def using_adapters(
 
 
 def check_names(adapter_names: Sequence[str], known: set[str]) -> None:
-    """Refuse what is not a list of known names.
-
-    Raises:
-        ValueError: If it is no list, is empty, or has an unknown name in it.
-    """
+    """Refuse `adapter_names` that are not a nonempty list of known names."""
     if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
         raise ValueError(f"adapter_names={adapter_names!r} is not a list of strings; pass one name per image.")
     if not adapter_names:
@@ -77,7 +81,7 @@ def check_names(adapter_names: Sequence[str], known: set[str]) -> None:
 
 
 def batches(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of those arguments that are a batch."""
+    """Name and value of the arguments that are a batch of images."""
     if args and isinstance(args[0], Tensor):
         yield "the first argument", args[0]
     for name in dict.fromkeys([getattr(model, "main_input_name", "pixel_values"), *INPUTS]):
@@ -95,18 +99,30 @@ def batch_of(
     for layer in layers if len(names) > 1 else ():
         for name in layer.fact_slices.keys() & names:
             theirs.setdefault(layer.fact_stacks[name], {}).setdefault(name, {})[layer] = layer.fact_slices[name]
-    slices: dict[nn.Module, dict[Any, Slices]] = {}
     ours = {stack: common_slices(list(by_name.values())) for stack, by_name in theirs.items()}
+    slices: dict[nn.Module, dict[Hashable, Slices]] = {}
     for stack, owned in ours.items():
         for layer, its_slices in owned.items():
             slices.setdefault(layer, {})[stack] = its_slices
-    bank = partial(gather, names, places, theirs, ours)
+
+    def make_bank(stack: FacTStack, device: torch.device, dtype: torch.dtype) -> FactorBank:
+        banks = []
+        for name in names:
+            if name not in theirs[stack]:
+                banks.append(FactorBank.empty(1))
+                continue
+            U, cores, V = (factor[None] for factor in stack.terms(name))
+            cores = cores.to(torch.promote_types(cores.dtype, torch.float32)) * stack.configs[name].scaling
+            banks.append(FactorBank(U, reordered(cores, theirs[stack][name], ours[stack]), V))
+        num_slices = sum(owned.count for owned in ours[stack].values())
+        return FactorBank.join(banks, num_slices).to(device, dtype).of_images(places)
+
     modules: frozenset[nn.Module] = frozenset([*layers, *heads])
-    return MixedBatch(places, bank, modules, slices=slices, names=names, has_labels=has_labels)
+    return MixedBatch(places, make_bank, modules, slices=slices, names=names, has_labels=has_labels)
 
 
 def common_slices(adapters: Sequence[Owned]) -> Owned:
-    """Slices for all layers that any adapter has in a stack: those of the adapters if all have the same."""
+    """Slices for all layers that any adapter has in a stack. If all adapters have the same slices, these."""
     first, *others = adapters
     if all(other == first for other in others):
         return first
@@ -118,23 +134,58 @@ def common_slices(adapters: Sequence[Owned]) -> Owned:
     return common
 
 
-def gather(
-    names: Sequence[str],
-    places: Sequence[int],
-    theirs: Mapping[FacTStack, Mapping[str, Owned]],
-    ours: Mapping[FacTStack, Owned],
-    stack: FacTStack,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> FactorBank:
-    """The factors of all images in a stack."""
-    banks = []
-    for name in names:
-        if name not in theirs[stack]:
-            banks.append(FactorBank.empty(1))
-            continue
-        U, cores, V = (factor[None] for factor in stack.terms(name))
-        cores = cores.to(torch.promote_types(cores.dtype, torch.float32)) * stack.scale(name)
-        banks.append(FactorBank(U, reordered(cores, theirs[stack][name], ours[stack]), V))
-    num_slices = sum(owned.count for owned in ours[stack].values())
-    return FactorBank.join(banks, num_slices).to(device, dtype).of_images(places)
+@torch.compiler.disable
+def check_batch_axis(model: nn.Module, batch: MixedBatch, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a model in which an image is computed with the adapter of another image.
+
+    The model is called once with `args` and `kwargs` for each combination of input shapes and adapted layers.
+
+    Raises:
+        ValueError: If images are mixed up, or `model` has no output from which this can be told.
+    """
+    inputs = tuple(described(leaf, batch.num_images) for leaf in tree_leaves((args, dict(kwargs))))
+    key = (batch.modules, frozenset(batch.slices), inputs)
+    checked = _CHECKED.setdefault(model, set())
+    if batch.num_images == 1 or key in checked:
+        return
+    with torch.no_grad(), calling_with(replace(batch, poisoned=True)):
+        outputs = list(of_odd_images(model(*args, **kwargs), batch.num_images))
+    if not outputs or any(output.isnan().any() for output in outputs):
+        raise ValueError(
+            f"{type(model).__name__} cannot have one adapter per image: "
+            + (
+                "its layers do not have the rows of each image together in front, as when all images come before all "
+                "mirrored ones or tokens before images, and an image would meet the adapter of another one."
+                if outputs
+                else f"it gives no tensor with a first axis of {batch.num_images} images, by which to check that no "
+                "image meets the adapter of another one."
+            )
+            + " Call it with the images of one adapter at a time."
+        )
+    checked.add(key)
+
+
+def described(argument: Any, num_images: int) -> Hashable:
+    """The properties of an argument on which the arrangement of rows may depend: not its values nor `num_images`."""
+    if isinstance(argument, Tensor):
+        is_batch = argument.ndim > 0 and len(argument) == num_images
+        return (is_batch, *argument.shape[int(is_batch) :], argument.dtype)
+    return argument if isinstance(argument, (bool, int, float, str)) else str(type(argument))
+
+
+def of_odd_images(output: Any, num_images: int) -> Iterator[Tensor]:
+    """The outputs of images 1, 3, 5..., from batched tensors or from lists with one tensor per image."""
+
+    def is_batch(part: Any) -> bool:
+        return isinstance(part, Tensor) and part.is_floating_point() and part.ndim > 0 and len(part) == num_images
+
+    def is_list(part: Any) -> bool:
+        of_tensors = isinstance(part, list) and len(part) == num_images and all(isinstance(t, Tensor) for t in part)
+        return of_tensors and not any(map(is_batch, part))
+
+    for part in tree_leaves(output, is_leaf=is_list):
+        if is_list(part):
+            yield from part[1::2]
+        elif is_batch(part):
+            # CLIP compares all images with all captions, so both axes of its similarities count images.
+            yield part[1::2, 1::2] if part.shape[1:2] == part.shape[:1] else part[1::2]

@@ -1,7 +1,7 @@
-"""Weighted sums of adapters, exact by concatenating their factors.
+"""Exact weighted sums of adapters, made by concatenating their factors.
 
-With U = [U_1 ... U_n], V = [V_1 ... V_n] and block-diagonal cores w_i s_i Sigma_k of adapter i, U Sigma_k V^T is the
-sum of the adapters' increments times their weights.
+With U = [U_1 ... U_n], V = [V_1 ... V_n] and a block-diagonal core whose block i is w_i s_i Sigma_k of adapter i,
+U Sigma_k V^T is the sum of the adapters' increments times their weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
-from ..adapter.validation import factor_key, factor_shapes
+from ..adapter.names import factor_key
+from ..adapter.validation import factor_shapes
 from ..architecture.linears import part_names
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import PARTS, describe_layout
@@ -30,21 +31,21 @@ def weighted_sum(
     heads: Mapping[str, Tensor] | None = None,
     order: Sequence[str] | None = None,
 ) -> Adapter:
-    """The adapter whose increments are the weighted sum of those of others, exactly.
+    """The adapter whose increments are exactly the weighted sum of those of other adapters.
 
-    It is a tensor-train adapter whose rank is the sum of their ranks, whatever their decompositions, scales and layers.
-    Federated averaging of n clients is ``weighted_sum(adapters, [1 / n] * n)``.
+    It is a tensor-train adapter whose rank is the sum of their ranks. The adapters may have different decompositions,
+    scales and layers. Federated averaging of n clients is ``weighted_sum(adapters, [1 / n] * n)``.
 
     Args:
         adapters: The adapters to sum.
         weights: Their weights, in the same order; negative ones subtract.
-        heads: The base model's own tensors of the trained heads, by name. Heads are summed as what each adapter changed
-            on top of them. They are not needed if the weights add up to 1.
+        heads: The base model's own tensors of the trained heads, by name, to which the weighted changes that the
+            adapters made are added. They are not needed if the weights add up to 1.
         order: All adapted layers in the order of the model. It is needed if the adapters have different layers.
 
     Raises:
         ValueError: If there is not one finite weight per adapter, an adapter trains biases, the ranks add up to more
-            than a layer's width, or `heads` or `order` is needed.
+            than a layer's width, or `heads` or `order` is missing.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"weights={list(weights)!r} must be one number for each of {len(adapters)} adapters.")
@@ -94,9 +95,9 @@ def sum_of_model(model: nn.Module, adapter_names: Sequence[str], weights: Sequen
 
 
 def summed_config(adapters: Sequence[Adapter], order: Sequence[str] | None) -> FacTConfig:
-    """The config of a sum: tensor-train, of the sum of the ranks, on all the layers of any of the adapters.
+    """The config of a sum. It has the layers, and the parts of fused layers, that any of the adapters has.
 
-    Of a fused layer it has the parts of any of them, and every block has its own U and V as soon as in one of them.
+    Every block has its own U and V if this is so in one of the adapters.
     """
     layers = list(adapters[0].slices)
     if any(list(adapter.slices) != layers for adapter in adapters):
@@ -140,25 +141,23 @@ def summed_config(adapters: Sequence[Adapter], order: Sequence[str] | None) -> F
 def summed_heads(
     adapters: Sequence[Adapter], weights: Sequence[float], heads: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Heads add up as the increments do: what each adapter changed, times its weight, on top of the original."""
+    """The original heads plus the weighted sum of what the adapters changed in them."""
     summed = {}
     for key in dict.fromkeys(key for adapter in adapters for key in adapter.others):
-        owners = [
-            (adapter.others[key], weight)
-            for adapter, weight in zip(adapters, weights, strict=True)
-            if key in adapter.others
-        ]
-        if not owners[0][0].is_floating_point():
-            summed[key] = owners[0][0]
+        pairs = [(adapter.others.get(key), weight) for adapter, weight in zip(adapters, weights, strict=True)]
+        owners = [(tensor, weight) for tensor, weight in pairs if tensor is not None]
+        first, total = owners[0][0], sum(weight for _, weight in owners)
+        if not first.is_floating_point():
+            summed[key] = first
             continue
-        if heads is None or key not in heads:
-            if not math.isclose(sum(weight for _, weight in owners), 1.0, rel_tol=1e-6):
-                raise ValueError(
-                    f"The weights of the adapters that train {key} add up to {sum(weight for _, weight in owners):g}; "
-                    "pass the base model's own tensor in heads, or weights that add up to 1."
-                )
-            summed[key] = torch.stack([tensor * weight for tensor, weight in owners]).sum(0)
+        if heads is not None and key in heads:
+            original = heads[key].to(first)
+        elif math.isclose(total, 1.0, rel_tol=1e-6):
+            original = torch.zeros_like(first)  # any tensor gives the same sum
         else:
-            original = heads[key].to(owners[0][0])
-            summed[key] = original + torch.stack([(t - original) * weight for t, weight in owners]).sum(0)
+            raise ValueError(
+                f"The weights of the adapters that train {key} add up to {total:g}; pass the base model's own tensor "
+                "in heads, or weights that add up to 1."
+            )
+        summed[key] = original + torch.stack([(tensor - original) * weight for tensor, weight in owners]).sum(0)
     return summed

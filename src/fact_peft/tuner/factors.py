@@ -1,8 +1,8 @@
-"""The factors that all layers share, owned once.
+"""The factors that all layers share.
 
-One `FacTStack` per slice shape is registered on the adapted model itself, under the name `FACTORS`; the layers hold an
-unregistered reference to it and read its factors at call time. So every factor is one parameter under one name: it is
-counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeRO) owns the model.
+One `FacTStack` per slice shape is registered on the adapted model itself, under the name `FACTORS`. The layers hold an
+unregistered reference to it and read its factors at call time. Every factor is therefore one parameter under one name:
+it is counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSDP, ZeRO) owns the model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,56 +20,55 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from ..adapter.config import FacTConfig
+from ..adapter.names import FACTORS
 from ..adapter.storage import bits_of
-from ..adapter.validation import FACTORS
 from ..method.decomposition import DECOMPOSITIONS, Decomposition
 from ..method.tensorization import Slices
 
 logger = logging.getLogger(__name__)
-# Of every decomposition, each once.
+# The core factors of all decompositions.
 CORE_FACTORS = tuple(dict.fromkeys(name for member in DECOMPOSITIONS.values() for name in member.core_factors))
 
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Have new tensors be ordinary ones, also inside ``torch.inference_mode()``, whose own can never be trained."""
+    """Create ordinary tensors, also inside ``torch.inference_mode()``, whose inference tensors can never be trained."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class FacTLayer(BaseTunerLayer):
-    """Whatever of an adapted model belongs to FacT: what PEFT visits to switch, freeze or delete adapters."""
+    """Base class of FacT's modules, which PEFT visits to switch, freeze or delete adapters."""
 
-    cast_input_dtype_enabled = True  # for PEFT's `disable_input_dtype_casting`; inputs are not cast here
+    cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it; FacT casts no inputs
 
     def forget(self, adapter_name: str) -> None:
-        """Drop what belongs to an adapter, for another of the same name; which ones are active does not change."""
+        """Remove an adapter without changing which adapters are active, since one of the same name may follow."""
         for attribute in self.adapter_layer_names + self.other_param_names:
             if adapter_name in getattr(self, attribute):
                 del getattr(self, attribute)[adapter_name]
 
 
 class Configs(dict[str, FacTConfig]):
-    """Configs by adapter name, one object for all modules that hold it.
+    """The config of every adapter, in one dict that stacks and heads share.
 
-    ``torch.export`` replaces every plain dict that is an attribute of a module by a copy, but no subclass of dict.
+    ``torch.export`` replaces plain dicts among the attributes of modules by copies, but not subclasses of dict.
     """
 
 
 class SharedFactors(nn.ModuleDict):
     """The stacks of a model by slice shape.
 
-    On an ``nn.Sequential`` they are one more child, the last: whoever indexes, slices, counts or iterates over an
-    adapted one meets it (``model[:-1]`` drops the factors, not the head). Since the factors must be a parameter of the
-    adapted model itself, they can be nowhere else there; adapt a module that holds the Sequential instead.
+    In an ``nn.Sequential`` they are the last child: indexing, slicing, counting and iterating include them, so that
+    ``model[:-1]`` drops the factors and not the head. To avoid this, adapt a module that holds the Sequential.
 
-    As the last child they are also the last that ``model.train()`` reaches, and they put frozen layers with running
-    statistics, such as ``nn.BatchNorm2d``, back into evaluation mode. In training mode the statistics would move, and
-    they are not saved with the adapter.
+    As the last child they are also the last that ``model.train()`` reaches. They then put frozen layers with running
+    statistics, such as ``nn.BatchNorm2d``, back into evaluation mode, since changed statistics would not be saved with
+    the adapter.
 
     Attributes:
-        configs: The model's own config of each adapter. Stacks and heads read this very dict.
-        hook: What the model has been given to announce its state dicts, see `saved_alone`.
+        configs: The model's own config of each adapter.
+        hook: The handle of the model's hook that announces its state dicts, see `saved_alone`.
         frozen_norms: The layers to keep in evaluation mode.
     """
 
@@ -80,12 +79,14 @@ class SharedFactors(nn.ModuleDict):
         self.frozen_norms: list[nn.Module] = []  # a list hides them from nn.Module
 
     def keep_statistics(self, model: nn.Module) -> None:
-        """From now on keep the running statistics of `model` as they are, except in modules trained in full."""
-        norms = {name: module for name, module in model.named_modules() if hasattr(module, "running_mean")}
-        frozen = {name: module for name, module in norms.items() if ".modules_to_save." not in f".{name}"}
-        self.frozen_norms = list(frozen.values())
-        if frozen:
-            logger.info("%d frozen layers with running statistics stay in evaluation mode.", len(frozen))
+        """Keep the running statistics of `model` from now on, except in modules that are trained in full."""
+        self.frozen_norms = [
+            module
+            for name, module in model.named_modules()
+            if hasattr(module, "running_mean") and ".modules_to_save." not in f".{name}"
+        ]
+        if self.frozen_norms:
+            logger.info("%d frozen layers with running statistics stay in evaluation mode.", len(self.frozen_norms))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -99,12 +100,10 @@ class SharedFactors(nn.ModuleDict):
         """The stack that holds `slices`, created where it is missing."""
         if slices.stack not in self:
             self[slices.stack] = FacTStack(slices.in_width, slices.out_width, self.configs)
-        stack = self[slices.stack]
-        assert isinstance(stack, FacTStack)
-        return stack
+        return cast(FacTStack, self[slices.stack])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pass through, so that an ``nn.Sequential``, which calls all its children, can carry the factors too."""
+        """Return `x`, since an ``nn.Sequential`` calls all its children."""
         return x
 
 
@@ -120,33 +119,35 @@ def remove_factors(model: nn.Module) -> None:
 class FacTStack(nn.Module, FacTLayer):
     """The factors of all slices of one shape, for every adapter of the model.
 
-    Paper letters: ``fact_U`` (d, r), ``fact_V`` (e, r), ``fact_Sigma`` (N, r, r) for tensor-train, ``fact_C``
-    (r, r, r) and ``fact_P`` (N, r) for Tucker; each a dict from adapter name to parameter. Scale, dropout and
-    decomposition are read from the adapter's config when they are needed.
+    Each factor is a dict from adapter name to parameter, named after the paper: ``fact_U`` (d, r), ``fact_V`` (e, r),
+    ``fact_Sigma`` (N, r, r) for tensor-train, ``fact_C`` (r, r, r) and ``fact_P`` (N, r) for Tucker.
+
+    Args:
+        in_features: Inputs d of one slice.
+        out_features: Outputs e of one slice.
+        configs: The config of every adapter of the model, see `SharedFactors`.
+
+    Attributes:
+        copies: The factors of merged adapters, as they were when they were merged.
+        num_merged: How many layers have merged an adapter.
+        unloaded: The saved adapters whose numbers are still to be loaded, each with the parameters that were trained
+            before it was added. They are trained again if the numbers are refused.
     """
 
     adapter_layer_names = ("fact_U", "fact_V", *(f"fact_{name}" for name in CORE_FACTORS))
     other_param_names = ("configs", "unloaded")
     fact_U: nn.ParameterDict
     fact_V: nn.ParameterDict
-    announced = False  # for a state dict, see `saved_alone`
-    # BaseTunerLayer looks these up in a base layer; a stack has none.
+    announced = False  # whether the state dict that is being made has the factors, see `saved_alone`
+    # BaseTunerLayer would look these up in a base layer, which a stack does not have.
     weight = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
 
     def __init__(self, in_features: int, out_features: int, configs: dict[str, FacTConfig]) -> None:
-        """
-        Args:
-            in_features: Inputs d of one slice.
-            out_features: Outputs e of one slice.
-            configs: Of all adapters of the model, see `SharedFactors`.
-        """
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features, self.out_features, self.configs = in_features, out_features, configs
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.configs = configs
         self.copies: dict[str, dict[str, Tensor]] = {}
         self.num_merged: Counter[str] = Counter()
         self.unloaded: dict[str, list[nn.Parameter]] = {}
@@ -154,7 +155,7 @@ class FacTStack(nn.Module, FacTLayer):
     def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:
         """Create and initialise the factors of an adapter with `num_slices` slices in this stack."""
         self.configs[adapter_name] = config
-        decomposition = DECOMPOSITIONS[config.decomposition]
+        decomposition = self.decomposition(adapter_name)
         shapes = decomposition.shapes(self.in_features, self.out_features, num_slices, config.rank)
         factors = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
         decomposition.init(factors, config.init_weights)
@@ -165,27 +166,15 @@ class FacTStack(nn.Module, FacTLayer):
         """How the cores of an adapter are written."""
         return DECOMPOSITIONS[self.configs[adapter_name].decomposition]
 
-    def scale(self, adapter_name: str) -> float:
-        """The scale s of an adapter."""
-        return self.configs[adapter_name].scaling
-
-    def dropout(self, adapter_name: str) -> float:
-        """The probability of dropout on an adapter's activation between core and V, when it trains."""
-        return float(self.configs[adapter_name].fact_dropout)
-
     def factors(self, adapter_name: str) -> dict[str, Tensor]:
-        """The factors of an adapter under their paper letters.
-
-        Raises:
-            RuntimeError: If accelerate has offloaded them and they are to be trained.
-        """
+        """The factors of an adapter under their paper letters."""
         if self.unloaded:
             self.check_loaded(adapter_name)
         names = ("U", "V", *self.decomposition(adapter_name).core_factors)
         return {name: self._onloaded(getattr(self, f"fact_{name}"), adapter_name) for name in names}
 
     def _onloaded(self, holder: nn.ParameterDict, adapter_name: str) -> Tensor:
-        """A factor, also if accelerate's offloading has it elsewhere: it is brought back for calls of `holder` only."""
+        """A factor of `holder`, also if accelerate has offloaded it, which reloads it only when `holder` is called."""
         factor: nn.Parameter = holder[adapter_name]
         hook: Any = getattr(holder, "_hf_hook", None) if factor.is_meta else None
         if hook is None:
@@ -202,23 +191,11 @@ class FacTStack(nn.Module, FacTLayer):
         """U (d, r), all cores Sigma_k (N, r, r) and V (e, r) of an adapter."""
         return self.decomposition(adapter_name).terms(self.factors(adapter_name))
 
-    def await_numbers(self, adapter_name: str, trained: list[nn.Parameter]) -> None:
-        """Note that the factors of a saved adapter were created and are to be loaded.
-
-        Args:
-            adapter_name: The adapter.
-            trained: What was trained before it was added, for the case that its numbers are refused.
-        """
-        self.unloaded[adapter_name] = trained
-
     def check_loaded(self, adapter_name: str) -> None:
-        """Refuse to compute with factors that transformers' own loader cannot have loaded.
+        """Raise a ValueError if transformers' own loader was to load the factors and did not.
 
-        It copies tensors by name and leaves out those of another shape, as packed bytes are, or of another name, as a
-        block has in a bare model.
-
-        Raises:
-            ValueError: If the adapter is saved in integers or under other names, and was not loaded.
+        It copies tensors by name and skips those of another shape, such as packed bytes, or of another name, as the
+        blocks of a bare model have.
         """
         config = self.configs[adapter_name]
         packed = bits_of(config.storage) or bits_of(config.storage_of_heads)
@@ -237,8 +214,7 @@ class FacTStack(nn.Module, FacTLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        loaded = [name for name in self.unloaded if f"{prefix}fact_U.{name}" in state_dict]
-        for name in loaded:
+        for name in [name for name in self.unloaded if f"{prefix}fact_U.{name}" in state_dict]:
             del self.unloaded[name]
 
     @torch.no_grad()
@@ -250,15 +226,14 @@ class FacTStack(nn.Module, FacTLayer):
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        """Adapters that a layer has merged, for PEFT's status of the model."""
+        """Adapters that some layer has merged; PEFT reports them in the status of the model."""
         return list(self.num_merged)
 
     @ordinary_tensors()
     def merge_in(self, adapter_name: str) -> dict[str, Tensor]:
-        """Count one more layer that has merged an adapter.
+        """Count one more layer that has merged an adapter, and return copies of the factors for unmerging.
 
-        Returns:
-            Copies of the factors as they are now, for unmerging: one set for all layers, until a factor changes.
+        All layers get the same copies until a factor changes.
         """
         factors = self.factors(adapter_name)
         copies = self.copies.get(adapter_name)
@@ -268,21 +243,19 @@ class FacTStack(nn.Module, FacTLayer):
         return self.copies[adapter_name]
 
     def take_out(self, adapter_name: str) -> None:
-        """Count one layer less; after the last one, nothing is kept."""
+        """Count one layer less, and drop the copies after the last one."""
         self.num_merged[adapter_name] -= 1
         if not self.num_merged[adapter_name]:
             del self.num_merged[adapter_name], self.copies[adapter_name]
 
-    # PEFT asks every tuner layer to merge. The linear layers do.
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        pass
+        """Do nothing: PEFT calls this on every tuner layer, and the `FacTLinear` layers merge."""
 
     def unmerge(self) -> None:
-        pass
+        """Do nothing, as in `merge`."""
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to do: the first layer of the stack decides, see `FacTLinear`."""
+        """Do nothing: the first `FacTLinear` of the stack moves the factors."""
 
     def extra_repr(self) -> str:
         return f"slices of {self.in_features}x{self.out_features}"

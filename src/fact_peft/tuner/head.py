@@ -1,4 +1,4 @@
-"""A trained head: PEFT's wrapper, which also gives every image of a batch the head of its own adapter."""
+"""The trained head: PEFT's wrapper, which can also give every image of a batch the head of its own adapter."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from torch.utils._pytree import tree_map
 from ..adapter.config import FacTConfig
 from ..adapter.storage import to_storage
 from ..architecture.heads import find_classifiers
-from ..method.per_image import joined, of_images
+from ..method.fused_linear import joined, of_images
 from ..upstream import ModulesToSaveWrapper
 from .mixed_batch import MixedBatch, current_batch
 
-CASTABLE = (torch.float16, torch.bfloat16, torch.float32)  # not float64, which a model has for a reason
+CASTABLE = (torch.float16, torch.bfloat16, torch.float32)  # float64 was chosen on purpose and is kept
 
 
 class FacTHead(ModulesToSaveWrapper):
-    """`ModulesToSaveWrapper` that knows mixed batches, and trains a head of a half-precision model in float32.
+    """`ModulesToSaveWrapper` that supports mixed batches, and trains a head of a half-precision model in float32.
 
-    PEFT's own takes the adapters of a batch as an argument, which only a hook on this shared module can pass, and wants
-    outputs of one size.
+    PEFT's own wrapper gets the adapters of a batch from a hook on this module, which concurrent calls would share, and
+    requires outputs of one size.
 
     Attributes:
         configs: The model's own config of each adapter, see `SharedFactors`.
-        is_classifier: Whether its output is that of the model, and so stays in float32. Another module's is cast back
-            for the half-precision layers behind it.
+        is_classifier: Whether its output is an output of the model, which stays in float32. Other outputs are cast back
+            to half precision for the layers that follow.
     """
 
     configs: dict[str, FacTConfig]
     is_classifier: bool
 
     def _get_name(self) -> str:
-        return str(ModulesToSaveWrapper.__name__)  # which PEFT's messages name, and printed models show
+        return str(ModulesToSaveWrapper.__name__)  # as in PEFT's messages and in printed models
 
     def to_float32(self, adapter_name: str) -> None:
-        """Cast the head of an adapter from float16 or bfloat16, in which no optimizer can train it."""
+        """Cast the head of an adapter to float32, since optimizers cannot train it in half precision."""
         if adapter_name in self.modules_to_save:
             cast_in_place(self.modules_to_save[adapter_name], torch.float32)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The active head in the precision of the model, of which it becomes a part."""
+        """The active head, cast to the precision of the model."""
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         cast_in_place(module, dtype_of(self.original_module))
         return module
@@ -58,10 +58,9 @@ class FacTHead(ModulesToSaveWrapper):
         return {name: to_storage(name, tensor, storage) for name, tensor in tensors.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the head of the active adapter.
+        """The output of the active adapter's head, or in a mixed batch of every image's own head.
 
-        In a mixed batch the images get their own heads. The outputs are one tensor as always; if heads of different
-        sizes are among them, a list with the output of every image.
+        If the heads of a batch have different sizes, it is a list with the output of every image.
         """
         batch = current_batch(self)
         if batch is None or self.disable_adapters:
@@ -79,7 +78,7 @@ class FacTHead(ModulesToSaveWrapper):
         return self._call(head, *args, **kwargs)
 
     def _call(self, head: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The output of an adapter's head, for inputs in the precision of the model."""
+        """The output of `head` for inputs in the precision of the model."""
         dtype, dtype_of_model = dtype_of(head), dtype_of(self.original_module)
         if dtype == dtype_of_model:
             return head(*args, **kwargs)
@@ -89,13 +88,7 @@ class FacTHead(ModulesToSaveWrapper):
 
 
 def adopt_heads(model: nn.Module, configs: dict[str, FacTConfig], others: Container[nn.Module]) -> None:
-    """Make the heads that PEFT has wrapped into such heads, which read their adapters' `configs`.
-
-    Args:
-        model: The model.
-        configs: Of its adapters.
-        others: Heads that were wrapped before, which may belong to another method.
-    """
+    """Turn the heads that PEFT has wrapped, except for `others`, into `FacTHead` modules that read `configs`."""
     classifiers = find_classifiers(model)
     for name, module in model.named_modules():
         if type(module) is ModulesToSaveWrapper and module not in others:
@@ -105,42 +98,35 @@ def adopt_heads(model: nn.Module, configs: dict[str, FacTConfig], others: Contai
 
 
 def dtype_of(module: nn.Module) -> torch.dtype | None:
-    """The dtype of the first parameter of floats; None if there is none."""
+    """The dtype of the first floating-point parameter; None if there is none."""
     return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
 
 
 def cast_in_place(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Cast parameters and buffers; those of other dtypes, such as a quantised weight's, stay."""
+    """Cast the parameters and buffers that have a dtype in `CASTABLE`, if `dtype` is one of these."""
     for tensor in (*module.parameters(), *module.buffers()):
         if dtype in CASTABLE and tensor.dtype in CASTABLE:
             tensor.data = tensor.data.to(dtype)
 
 
 def floats_to(values: Any, dtype: torch.dtype | None) -> Any:
-    """`values` with every tensor of float16, bfloat16 or float32, however deep, in a dtype."""
-
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.dtype in CASTABLE else value
-
-    return values if dtype not in CASTABLE else tree_map(cast, values)
+    """Nested `values` in which the tensors that have a dtype in `CASTABLE` are cast, if `dtype` is one of these."""
+    if dtype not in CASTABLE:
+        return values
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.dtype in CASTABLE else x, values)
 
 
 def per_image_heads(
     call: Callable[..., Any], batch: MixedBatch, heads: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor | list[Tensor]:
-    """The output of every image's own head: one tensor, or a list if they differ in size.
+    """The output of every image's own head: one tensor, or a list if the sizes differ.
 
-    Args:
-        call: Calls a head with its arguments.
-        batch: The adapters of the images.
-        heads: The head of each distinct adapter.
-        x: Input of the heads, (R, ...), where every image has as many rows.
-        args: Passed to all heads.
-        kwargs: Passed to all heads.
+    `call` calls a head with its arguments, and `heads` has one head for each adapter of the batch. In the input x
+    (R, ...) of the heads, every image has the same number of rows.
 
     Raises:
         TypeError: If a head does not give one output per input, or takes more than one tensor.
-        ValueError: If the heads differ in size and the model wants to compute a loss.
+        ValueError: If the sizes differ and the model will compute a loss.
     """
     x = batch.poison(x)
     if all(is_plain(head) for head in heads):
@@ -166,14 +152,14 @@ def per_image_heads(
 
 
 def is_plain(head: nn.Module) -> bool:
-    """Whether a head is a linear layer of which nothing but its weight and bias matters."""
+    """Whether a head is a linear layer that can be computed from its weight and bias alone."""
     return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
 
 
 def one_by_one(
     call: Callable[..., Any], batch: MixedBatch, heads: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any
 ) -> list[Tensor]:
-    """The output (rows of one, ...) of every image, from one call of each head with the images it has."""
+    """The output (rows per image, ...) of every image. Each head is called once, with all images that have it."""
     images = x.unflatten(0, (batch.num_images, -1))
     outputs: dict[int, Tensor] = {}
     for head in dict.fromkeys(heads):

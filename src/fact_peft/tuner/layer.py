@@ -1,4 +1,4 @@
-"""One frozen linear layer plus its slices of the shared stack."""
+"""The adapted linear layer: a frozen layer plus the increments from its slices of the shared stacks."""
 
 from __future__ import annotations
 
@@ -15,45 +15,44 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
+from ..adapter.config import FacTConfig
 from ..architecture.linears import linear_shape
 from ..method.decomposition import contract, core_grid, core_matrix, expand, increment, low_rank_pair
 from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable, without_autocast
 from ..method.tensorization import Slices
+from ..upstream import active_ddp_module, current_graph_task
 from .factors import FacTLayer, FacTStack, ordinary_tensors
-from .mixed_batch import MixedBatch, current_batch
-from .per_image_weight import PerImageWeight
+from .mixed_batch import MixedBatch, PerImageWeight, current_batch
 from .saved_alone import warn_if_alone
 
 
 def find_quantization(base_layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:
-    """How to read and write the base layer's weight if it is quantised; None if it is not."""
+    """PEFT's backend for reading and writing a quantised weight; None if the layer is not quantised."""
     try:
         return resolve_quantization_backend(base_layer, **quantization)
     except ValueError:
-        # torchao weights quantised by hand: PEFT cannot know how to quantise a merged weight, but training needs none.
+        # The weight was quantised by hand with torchao. PEFT cannot merge into it, but it can be trained on.
         return ForwardOnlyQuantizationBackend("torchao (not loaded with a TorchAoConfig)")
 
 
 class FacTLinear(nn.Module, FacTLayer):
     """``y = base_layer(x) + x dW`` with ``dW = s (I (x) U) Core (I (x) V)^T`` summed over the active adapters.
 
-    Holds no parameters of its own: for every adapter it knows the stack and its slices there, and reads the factors
-    when it is called.
+    The layer has no parameters of its own. It knows the stack of every adapter and its slices there, and reads the
+    factors when it is called.
+
+    Args:
+        base_layer: ``nn.Linear``, quantised or not, or transformers' ``Conv1D``. It is frozen and kept inside.
+        quantization: What PEFT needs to quantise a merged weight again.
     """
 
     other_param_names = ("fact_slices", "fact_stacks")
-    # What is put, for a while, between `weight` and whoever reads it; for calls there are the hooks of nn.Module.
+    # Called with the adapted weight when code reads it. (For calls of the layer, nn.Module has hooks.)
     weight_hook: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
-        """
-        Args:
-            base_layer: ``nn.Linear``, quantised or not, or transformers' ``Conv1D``; frozen and kept inside.
-            quantization: What PEFT needs to know to quantise a merged weight again.
-        """
         super().__init__()
         self.base_layer = base_layer
         shape = linear_shape(base_layer)
@@ -62,16 +61,16 @@ class FacTLinear(nn.Module, FacTLayer):
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # which stores its weight as (in, out)
         self.quantization_backend = find_quantization(base_layer, **quantization)
         self.fact_slices: dict[str, Slices] = {}
-        # A plain dict hides the stacks from nn.Module, so that their factors belong to the model alone.
+        # A plain dict hides the stacks from nn.Module, so that only the model registers their factors.
         self.fact_stacks: dict[str, FacTStack] = {}
-        # What has been added to the weight, by adapter: factors, as they were then, and scale.
+        # The factors and scales that have been merged, by adapter, with the values they had then.
         self.merged_factors: dict[str, tuple[Mapping[str, Tensor], float]] = {}
         self._disable_adapters = False
         self._active_adapter = []
         self._recomputed_under_ddp = False
 
     def update_layer(self, adapter_name: str, slices: Slices, stack: FacTStack) -> None:
-        """Let an adapter own `slices` of `stack`, and place the stack where its first layer is."""
+        """Give an adapter the `slices` of `stack`, and move the stack to the device of its first layer."""
         self.fact_slices[adapter_name] = slices
         self.fact_stacks[adapter_name] = stack
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -84,34 +83,29 @@ class FacTLinear(nn.Module, FacTLayer):
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        """Adapters whose increments are in the weight, in the order in which they were added."""
+        """Adapters that are merged, in the order in which they were merged."""
         return list(self.merged_factors)
 
     def terms(self, adapter_name: str, factors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the increment is made of: U (d, r), the core matrix (a r, b r) and V (e, r).
-
-        Args:
-            adapter_name: The adapter.
-            factors: Its factors, if not those that the stack has now.
-        """
+        """U (d, r), the core matrix (a r, b r) and V (e, r) of an adapter, from the stack's factors or from others."""
         self._check_reduced_once()
         stack, slices = self.fact_stacks[adapter_name], self.fact_slices[adapter_name]
         factors = stack.factors(adapter_name) if factors is None else factors
-        with without_autocast(factors["U"]):  # Tucker's cores are products, whose gradients float16 could not hold
+        with without_autocast(factors["U"]):  # the gradients of Tucker's cores, which are products, overflow float16
             cores = stack.decomposition(adapter_name).cores(factors, slices.first, slices.count)
             core = core_matrix(core_grid(cores, slices))
         return factors["U"], core, factors["V"]
 
     def _check_reduced_once(self) -> None:
-        """Refuse reentrant checkpointing under DDP, whose replicas would diverge.
+        """Refuse reentrant checkpointing under DDP, where the replicas would diverge.
 
-        Every checkpointed segment then has a backward pass of its own, and DDP reduces the gradient of the factors
-        after the first. Such a segment is called without gradients first, and again inside the backward pass.
+        Every checkpointed segment then has its own backward pass, and DDP reduces the gradients of the shared factors
+        after the first one. Such a segment is called first without gradients, and again inside the backward pass.
         """
         if torch.compiler.is_compiling():
             return
-        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-            ddp = DistributedDataParallel._get_active_ddp_module()
+        if current_graph_task() == -1:  # not inside a backward pass
+            ddp = active_ddp_module()
             self._recomputed_under_ddp = ddp is not None and not ddp.static_graph and not torch.is_grad_enabled()
         elif self._recomputed_under_ddp and torch.is_grad_enabled():
             raise RuntimeError(
@@ -130,13 +124,16 @@ class FacTLinear(nn.Module, FacTLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.fact_slices)
 
+    def _config(self, adapter_name: str) -> FacTConfig:
+        return self.fact_stacks[adapter_name].configs[adapter_name]
+
     def _applied_adapters(self, batch: MixedBatch | None) -> list[str]:
-        """Those of the adapters whose increments all images of a batch get that this layer has."""
+        """The adapters of this layer that apply to all images of the call."""
         names = self.active_adapters if batch is None else [] if batch.shared is None else [batch.shared]
         return [name for name in names if name in self.fact_slices]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in_features) to (..., out_features), with the active adapters or, for each image, with its own."""
+        """(..., in_features) to (..., out_features), with the active adapters, or with the adapter of each image."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -155,37 +152,34 @@ class FacTLinear(nn.Module, FacTLayer):
         return y
 
     def _forward_fused(self, x: Tensor, adapter_name: str) -> Tensor:
-        """x W^T + b + x dW in as few passes over activations as there are; to rounding what `forward` does else."""
-        assert isinstance(self.base_layer, nn.Linear)
-        weight: Tensor = self.base_layer.weight
-        bias: Tensor | None = self.base_layer.bias
-        stack, dtype = self.fact_stacks[adapter_name], autocast_dtype(x)
+        """x W^T + b + x dW in one function with few passes over activations; see `fused_linear`."""
+        base_layer: Any = self.base_layer
+        weight, bias = base_layer.weight, base_layer.bias
+        config, noise, dtype = self._config(adapter_name), None, autocast_dtype(x)
         if dtype is not None:
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         U, core, V = (term.to(x.device) for term in self.terms(adapter_name))
-        dropout = stack.dropout(adapter_name) if self.training else 0.0
-        noise = None
-        if dropout > 0:
-            noise = nn.functional.dropout(x.new_ones(x.shape[:-1].numel(), core.shape[1]), dropout)
-        return fused_linear(x, weight, bias, U, core, V, stack.scale(adapter_name), noise)
+        if self.training and config.fact_dropout > 0:
+            noise = nn.functional.dropout(x.new_ones(x.shape[:-1].numel(), core.shape[1]), config.fact_dropout)
+        return fused_linear(x, weight, bias, U, core, V, config.scaling, noise)
 
     def _add_increment(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
-        """y + x dW, in the precision of the activations; autocast has the last word."""
-        stack = self.fact_stacks[adapter_name]
+        """y + x dW, in the precision of the activations or of autocast."""
+        config = self._config(adapter_name)
         U, core, V = (term.to(x.device) for term in self.terms(adapter_name))
         h = contract(x, U.to(x.dtype), core.to(x.dtype))
-        h = nn.functional.dropout(h, stack.dropout(adapter_name), self.training)
-        return expand(h.to(y.dtype), V.to(y.dtype), stack.scale(adapter_name), onto=y)
+        h = nn.functional.dropout(h, config.fact_dropout, self.training)
+        return expand(h.to(y.dtype), V.to(y.dtype), config.scaling, onto=y)
 
     @property
     def weight(self) -> Tensor:
         """The adapted weight, for code that reads it instead of calling the layer, as timm's EVA, BEiT and Swin v2 do.
 
-        Differentiable in the factors; without dropout. In a mixed batch it is another matrix for every image, see
-        `PerImageWeight`. A sharded or quantised weight is returned as it is: most code wants its dtype or device only.
+        It is differentiable in the factors and has no dropout. In a mixed batch it is a `PerImageWeight`. A sharded or
+        quantised weight is returned without increments, since most code reads only its dtype or device.
 
-        While an adapter is active and not merged this is a result, made anew at every reading: what is written into it
-        is lost. The place to write to is ``base_layer.weight``.
+        While an adapter is active and not merged, every access computes a new tensor, and what is written into it is
+        lost; write to ``base_layer.weight``.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -202,27 +196,27 @@ class FacTLinear(nn.Module, FacTLayer):
         return weight if self.weight_hook is None else self.weight_hook(weight)
 
     def is_whole(self, weight: Tensor) -> bool:
-        """Whether a weight is not sharded: then it is flat (FSDP1, ZeRO-3) or a DTensor (FSDP2, tensor parallelism)."""
+        """Whether a weight is not sharded. Sharded ones are flat (FSDP1, ZeRO-3) or DTensors (FSDP2, TP)."""
         shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
         return weight.shape == shape and not isinstance(weight, DTensor)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The increment in the orientation of the base weight, at least in float32, on the device of the factors."""
+        """The increment in the orientation of the base weight, in float32 or better, on the device of the factors."""
         return self._delta_weight(adapter_name)
 
     def _delta_weight(
         self, adapter_name: str, factors: Mapping[str, Tensor] | None = None, scale: float | None = None
     ) -> Tensor:
-        scale = self.fact_stacks[adapter_name].scale(adapter_name) if scale is None else scale
+        scale = self._config(adapter_name).scaling if scale is None else scale
         delta = increment(*self._precise_terms(adapter_name, factors), scale)
         return delta if self.fan_in_fan_out else delta.t()
 
     @torch.no_grad()
     def low_rank_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Matrices A (q, in_features) and B (out_features, q) with B A the increment in ``nn.Linear``'s orientation."""
-        A, B = low_rank_pair(*self._precise_terms(adapter_name), self.fact_stacks[adapter_name].scale(adapter_name))
-        # Copied, since B may be V itself, which all layers share.
+        """Matrices A (q, in_features) and B (out_features, q) such that B A is the increment of an ``nn.Linear``."""
+        A, B = low_rank_pair(*self._precise_terms(adapter_name), self._config(adapter_name).scaling)
+        # Copied because B may be V itself, which all layers share.
         return A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
 
     @ordinary_tensors()
@@ -245,8 +239,8 @@ class FacTLinear(nn.Module, FacTLayer):
         """Add the increments of adapters to the base weight. A quantised weight is quantised again, which rounds.
 
         Args:
-            safe_merge: Leave the weight as it is and raise if the result is not finite.
-            adapter_names: Which adapters; None for the active ones.
+            safe_merge: Whether to raise, before the weight is changed, if the result is not finite.
+            adapter_names: The adapters to merge; None for the active ones.
 
         Raises:
             TypeError: If the weight is quantised in a way that cannot be undone.
@@ -263,12 +257,12 @@ class FacTLinear(nn.Module, FacTLayer):
                     stacklevel=2,
                 )
             self.set_base_weight(weight)
-            stack = self.fact_stacks[adapter_name]
-            self.merged_factors[adapter_name] = stack.merge_in(adapter_name), stack.scale(adapter_name)
+            copies = self.fact_stacks[adapter_name].merge_in(adapter_name)
+            self.merged_factors[adapter_name] = copies, self._config(adapter_name).scaling
 
     @ordinary_tensors()
     def unmerge(self) -> None:
-        """Subtract again what has been added, also if an adapter's factors or scale have changed since."""
+        """Subtract what was merged, also if an adapter's factors or scale have changed since."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         for adapter_name in reversed(self.merged_adapters):
@@ -278,15 +272,14 @@ class FacTLinear(nn.Module, FacTLayer):
             self.fact_stacks[adapter_name].take_out(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Place the factors of an adapter with the first layer of their stack, in its dtype if that is a float's."""
+        """If this is the first layer of a stack, move the factors there, and cast them if its weight is of floats."""
         if adapter_name not in self.fact_slices or self.fact_slices[adapter_name].first > 0:
             return
         base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if dtype is not None and not dtype.is_floating_point:
-            dtype = None
         target = device if device is not None else base_device
         if target is not None and target.type != "meta":
-            self.fact_stacks[adapter_name].place(adapter_name, target, dtype)
+            is_float = dtype is not None and dtype.is_floating_point
+            self.fact_stacks[adapter_name].place(adapter_name, target, dtype if is_float else None)
 
     def extra_repr(self) -> str:
         return ", ".join(

@@ -1,4 +1,4 @@
-"""The tuner: PEFT's way to add, switch, merge, sum and delete FacT adapters of one model."""
+"""The tuner, with which PEFT adds, switches, merges, sums and deletes the FacT adapters of one model."""
 
 from __future__ import annotations
 
@@ -8,26 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..adapter.config import FacTConfig, fact_config
 from ..adapter.field_checks import check_scale
-from ..adapter.validation import FACTORS
-from ..architecture.multihead import close_attentions, open_attentions
+from ..adapter.names import FACTORS
+from ..architecture.linears import close_attentions, open_attentions
 from ..method.tensorization import stack_sizes
+from . import lifecycle
 from .adapter_names import using_adapters
 from .combination import sum_of_model
-from .factors import FacTLayer, SharedFactors, ordinary_tensors, remove_factors
+from .factors import FacTLayer, ordinary_tensors, remove_factors
 from .head import FacTHead, adopt_heads
 from .layer import FacTLinear
-from .loading import checked_state_dict, stored_state_dict
-from .merging import check_mergeable, is_merged
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
-from .removal import activate, adapter_config, forget, own_stacks, undo_awaiting, undone_on_failure
 from .saved_alone import announce
 
 
@@ -56,59 +53,55 @@ class FacTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Plan on names and shapes alone, then create the factors and wrap the layers; see `BaseTuner`.
+        """Settle the config, then create the factors and wrap the layers; see `BaseTuner`.
 
-        `state_dict` is not used: the layers follow from the config and its layout.
+        `state_dict` is not used, since the layers follow from the config and its layout.
         """
         asked = self.peft_config[adapter_name]
         assert isinstance(asked, FacTConfig)
-        previous, is_saved = adapter_config(model, adapter_name), asked.layout is not None
+        previous, is_saved = lifecycle.own_factors(model).configs.get(adapter_name), asked.layout is not None
         try:
-            if is_merged(model, adapter_name):
-                raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is replaced.")
+            lifecycle.check_not_merged(model, adapter_name, "replaced")
             config = resolve(asked, model, adapter_name)
             if asked.inference_mode:
-                # `PeftModel.from_pretrained(model, folder, config=config)` passes the adapter's config and keeps it.
+                # The caller of `PeftModel.from_pretrained(model, folder, config=config)` keeps the config object.
                 vars(asked).update(vars(config))
                 config = asked
         except Exception:
             del self.peft_config[adapter_name]
-            if previous is not None:  # the adapter that the model has under this name
+            if previous is not None:  # the model keeps the adapter that it has under this name
                 self.peft_config[adapter_name] = previous
             raise
         self.peft_config[adapter_name] = config
-        forget(self.model, adapter_name)
+        lifecycle.forget(self.model, adapter_name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with undone_on_failure(model, adapter_name, self.peft_config) as heads:
-            self._inject(model, adapter_name, config, heads, autocast_adapter_dtype, low_cpu_mem_usage)
-        if is_saved:
-            for stack in own_stacks(model):
-                if adapter_name in stack.fact_U:
-                    stack.await_numbers(adapter_name, trained)
-        if adapter_name in self.active_adapters:
-            for head in model.modules():  # PEFT activates a new head only where there was none
-                if isinstance(head, FacTHead) and adapter_name in head.modules_to_save and not head.active_adapters:
-                    head.set_adapter(adapter_name, inference_mode=config.inference_mode)
-
-    def _inject(self, model: nn.Module, name: str, config: FacTConfig, heads: set[nn.Module], *how: Any) -> None:
-        """Create factors and wrap layers. `heads` are those wrapped before; the rest is as for `BaseTuner`."""
-        slices = config.slices
-        open_attentions(model, slices)
-        targets, in_part = config.target_modules, any(owned.parts for owned in slices.values())
-        with warnings.catch_warnings():
-            if in_part:  # PEFT sees whole layers only, of which none is excluded
+        targets, in_part = config.target_modules, any(owned.parts for owned in config.slices.values())
+        with lifecycle.undone_on_failure(model, adapter_name, self.peft_config) as heads, warnings.catch_warnings():
+            if in_part:  # PEFT knows only whole layers, none of which is excluded
                 warnings.filterwarnings("ignore", message="You have passed exclude_modules")
-            super().inject_adapter(model, name, *how)
-        if in_part:  # PEFT shortens long lists to what tells modules apart, which their parts are not
+            open_attentions(model, config.slices)
+            factors = lifecycle.own_factors(model)
+            setattr(model, FACTORS, factors)
+            if factors.hook is None:
+                factors.hook = model.register_state_dict_pre_hook(announce)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            adopt_heads(model, factors.configs, heads)
+            factors.keep_statistics(model)
+            self._arguments = frozenset(inspect.signature(model.forward).parameters)
+        if in_part:  # PEFT shortens long lists of targets by comparing names of modules, which parts are not
             config.target_modules = targets
-        adopt_heads(model, getattr(model, FACTORS).configs, heads)
-        self._arguments = frozenset(inspect.signature(model.forward).parameters)
-        getattr(model, FACTORS).keep_statistics(model)
+        for stack in lifecycle.own_stacks(model) if is_saved else []:
+            if adapter_name in stack.fact_U:
+                stack.unloaded[adapter_name] = trained
+        for head in model.modules() if adapter_name in self.active_adapters else []:
+            # PEFT activates a new head only where there was none.
+            if isinstance(head, FacTHead) and adapter_name in head.modules_to_save and not head.active_adapters:
+                head.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model, which is not given arguments that are None and that it does not have.
+        """Call the model without those arguments that are None and that it does not have.
 
-        ``PeftModelForFeatureExtraction`` passes those of a text model, such as ``input_ids=None``, to every model.
+        ``PeftModelForFeatureExtraction`` passes arguments of text models, such as ``input_ids=None``, to every model.
         """
         given = {key: value for key, value in kwargs.items() if value is not None or key in self._arguments}
         return self.model(*args, **given)
@@ -120,13 +113,13 @@ class FacTModel(BaseTuner):
             return []
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        assert isinstance(peft_config, FacTConfig)
-        return key in peft_config.slices or is_targeted(peft_config, key)
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        # `resolve` has found all targets. PEFT also wants to know whether a module is excluded.
+        return key in peft_config.slices or (peft_config.exclude_modules and is_targeted(peft_config, key))
 
     def _create_and_replace(
         self,
-        peft_config: PeftConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -134,12 +127,8 @@ class FacTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        assert isinstance(peft_config, FacTConfig)
         slices = peft_config.slices[current_key]
-        if not hasattr(self.model, FACTORS):
-            setattr(self.model, FACTORS, SharedFactors())
-            getattr(self.model, FACTORS).hook = self.model.register_state_dict_pre_hook(announce)
-        stack = getattr(self.model, FACTORS).stack_for(slices)
+        stack = lifecycle.own_factors(self.model).stack_for(slices)
         if adapter_name not in stack.fact_U:
             stack.add_adapter(adapter_name, peft_config, stack_sizes(peft_config.slices.values())[slices.stack])
         if not isinstance(target, FacTLinear):
@@ -149,12 +138,12 @@ class FacTModel(BaseTuner):
         target.update_layer(adapter_name, slices, stack)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT also moves parameters over, of which FacT's layers have none, and fails on a head without a weight.
+        # PEFT's method also moves parameters, which FacT's layers do not have, and fails on heads without a weight.
         setattr(parent, child_name, new_module)
 
     @ordinary_tensors()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT makes new parameters, which all require gradients; those of an adapter loaded for inference must not.
+        # PEFT makes new parameters, which all require gradients, also for an adapter that is loaded for inference.
         trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, parameter in self.named_parameters():
@@ -164,15 +153,14 @@ class FacTModel(BaseTuner):
                 head.to_float32(adapter_name)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Change the scale s of an adapter, also after training; it is saved with the adapter.
+        """Change the scale s of an adapter, which is saved with it. This is possible before and after training.
 
         Raises:
-            ValueError: If there is no such adapter, it is merged, or `scale` is no number, zero or not finite.
+            ValueError: If there is no such adapter, it is merged, or `scale` is not a number, zero or not finite.
         """
         config = fact_config(self, adapter_name)
         check_scale(scale)
-        if is_merged(self.model, adapter_name):
-            raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is scaled.")
+        lifecycle.check_not_merged(self.model, adapter_name, "scaled")
         config.scale = float(scale)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
@@ -197,24 +185,24 @@ class FacTModel(BaseTuner):
         self._cast_adapter_dtype(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and the stacks that no other adapter uses.
+        """Delete an adapter and the stacks that no other adapter uses.
 
-        If it was the only active one, the first of the others by name is active from then on, in every layer.
+        If it was the only active adapter, the alphabetically first of the others becomes active in every layer.
 
         Raises:
             ValueError: If there is no such adapter, or it is merged.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist.")
-        if is_merged(self.model, adapter_name):  # in PEFT's words
+        if lifecycle.is_merged(self.model, adapter_name):  # PEFT's own message
             raise ValueError(
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
         del self.peft_config[adapter_name]
-        forget(self.model, adapter_name)
+        lifecycle.forget(self.model, adapter_name)
         if adapter_name not in self.active_adapters:
             return
-        # PEFT lets each layer choose among its own adapters, so that layers of different adapters would disagree.
+        # PEFT lets each layer choose among its own adapters, so that layers could choose differently.
         active = [name for name in self.active_adapters if name != adapter_name]
         if not active and self.peft_config:
             active = [min(self.peft_config)]
@@ -222,23 +210,19 @@ class FacTModel(BaseTuner):
                 f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.",
                 stacklevel=2,
             )
-        activate(self.model, active)
+        lifecycle.activate(self.model, active)
         self.active_adapter = active
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add increments to the base weights; see `BaseTuner.merge_adapter`. A refused merge changes nothing."""
-        check_mergeable(self.model, adapter_names, safe_merge)
+        lifecycle.check_mergeable(self.model, adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> Any:
         if merge:
-            check_mergeable(self.model, adapter_names, safe_merge)
+            lifecycle.check_mergeable(self.model, adapter_names, safe_merge)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         remove_factors(self.model)
         close_attentions(self.model)
@@ -250,7 +234,7 @@ class FacTModel(BaseTuner):
         if adapter_names is not None:
             with using_adapters(self.model, adapter_names, args, kwargs):
                 yield
-        elif current_batch() is not None:  # called inside another call, but not with its adapters
+        elif current_batch() is not None:  # called inside another call, whose adapters do not apply here
             with calling_with(None):
                 yield
         else:
@@ -258,41 +242,38 @@ class FacTModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # Keys of heads and biases have no adapter's name in them, but may end in "weight" or "classifier.weight", and
-        # an adapter may be called so.
+        # Keys of heads and biases do not contain the adapter's name, but may end in it if it is "weight".
         return super()._remove_adapter_name_from_key(key, adapter_name) if f".{cls.prefix}" in key else key
 
     @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: PeftConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The factors and biases of an adapter as they are saved."""
-        assert isinstance(config, FacTConfig)
         config.check_storage()
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return stored_state_dict(config, adapter_name, tensors)
+        return lifecycle.stored_state_dict(config, adapter_name, tensors)
 
     @classmethod
     @ordinary_tensors()
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As `BaseTuner`, after everything that is to be loaded was checked; see `checked_state_dict`.
+        """The tensors to load under their names in the model; see `lifecycle.checked_state_dict`.
 
         Raises:
             ValueError: If the tensors do not fit. An adapter that was created for them is then removed again.
         """
-        assert isinstance(config, FacTConfig)
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config) if config.bias != "none" else {}
         try:
-            return checked_state_dict(
+            return lifecycle.checked_state_dict(
                 model, config, adapter_name, state_dict, biases, super()._remap_adapter_state_dict_for_load
             )
         except ValueError:
-            undo_awaiting(model, adapter_name)
+            lifecycle.undo_awaiting(model, adapter_name)
             raise

@@ -1,4 +1,4 @@
-"""What is refused, or warned of, before a model is touched."""
+"""Errors and warnings about configs and models that do not fit, raised before the model is changed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..adapter.config import FacTConfig
-from ..adapter.validation import FACTORS
+from ..adapter.names import FACTORS
 from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.heads import find_classifiers
 from ..architecture.linears import base_of, is_fused, part_names, walk
 from ..method.tensorization import PARTS, block_of, describe_layout, read_layout
 from .factors import FacTLayer, SharedFactors
 from .layer import FacTLinear, find_quantization
-from .removal import own_stacks
+from .lifecycle import own_stacks
 
-# Attributes that PEFT's containers of factors and heads have: none can be the name of an adapter in them.
+# Attributes of the containers in which factors and heads are kept by adapter name; no adapter can have such a name.
 RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
-# What PEFT adds to `modules_to_save` for these tasks, whether the model has it or not.
+# The names that PEFT adds to `modules_to_save` for these tasks, whether the model has such modules or not.
 HEADS_OF_TASKS = {
     TaskType.SEQ_CLS: {"classifier", "score"},
     TaskType.TOKEN_CLS: {"classifier", "score"},
@@ -32,13 +32,9 @@ HEADS_OF_TASKS = {
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that is adapted already, is sharded, or has a module of its own in the place of the factors.
+    """Refuse a model that has adapters already, is sharded, or has an attribute with the name of the factors.
 
-    Factors made for a sharded model (FSDP2, tensor parallelism) would be whole on every rank, and nothing would sum
-    their gradients.
-
-    Raises:
-        ValueError: If it is one of these.
+    On a sharded model (FSDP2, tensor parallelism) every rank would have whole factors, whose gradients nothing sums.
     """
     if isinstance(model, (PeftModel, BaseTuner)) and any(isinstance(module, FacTLayer) for module in model.modules()):
         raise ValueError(
@@ -60,11 +56,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_adapter_name(adapter_name: str) -> None:
-    """Refuse names that cannot be keys of the containers of factors and heads.
-
-    Raises:
-        ValueError: If the name is empty, has a dot, or is an attribute of ``nn.ModuleDict`` or ``nn.ParameterDict``.
-    """
+    """Refuse names that cannot be keys of ``nn.ModuleDict`` and ``nn.ParameterDict``."""
     if not adapter_name or "." in adapter_name or adapter_name in RESERVED:
         raise ValueError(
             f"adapter_name={adapter_name!r} cannot be the name of a parameter: it is empty, has a dot in it, or is an "
@@ -72,18 +64,12 @@ def check_adapter_name(adapter_name: str) -> None:
         )
 
 
-def check_owner(model: nn.Module, adapter_name: str, layers: Iterable[str]) -> None:
-    """Refuse to redirect layers that a second model shares from that model's factors to new ones.
-
-    Raises:
-        ValueError: If one of `layers` has an adapter of this name whose factors belong to another model.
-    """
+def check_owner(model: nn.Module, adapter_name: str, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that have an adapter of this name whose factors belong to another model with the same layers."""
     own = own_stacks(model)
-    modules = dict(walk(model))
-    for name in layers:
-        layer = modules.get(name)
+    for name, layer in layers.items():
         stack = layer.fact_stacks.get(adapter_name) if isinstance(layer, FacTLinear) else None
-        if stack is not None and not any(stack is mine for mine in own):
+        if stack is not None and stack not in own:
             raise ValueError(
                 f"adapter_name={adapter_name!r} is taken: {name} already has an adapter of this name, whose factors "
                 f"belong to another model that shares this layer with {type(model).__name__}. Choose another name, and "
@@ -91,30 +77,21 @@ def check_owner(model: nn.Module, adapter_name: str, layers: Iterable[str]) -> N
             )
 
 
-def check_trainable(heads: Iterable[str], model: nn.Module) -> None:
-    """Refuse modules to train in full that were quantised with the rest of the model.
-
-    Raises:
-        ValueError: If one is quantised, or a layer in it is.
-    """
-    for name, module in walk(model):
-        if name.endswith(tuple(heads)):
-            for layer in base_of(module).modules():
-                backend = find_quantization(base_of(layer))
-                if backend is not None:
-                    raise ValueError(
-                        f"The module {name} is quantised ({backend.backend_name}) and cannot be trained. Leave it out "
-                        f"when quantising (modules_to_not_convert or llm_int8_skip_modules=[{name!r}]), or pass "
-                        "modules_to_save=[]."
-                    )
+def check_trainable(heads: Mapping[str, nn.Module]) -> None:
+    """Refuse modules to train in full that are quantised or have a quantised layer."""
+    for name, module in heads.items():
+        for layer in base_of(module).modules():
+            backend = find_quantization(base_of(layer))
+            if backend is not None:
+                raise ValueError(
+                    f"The module {name} is quantised ({backend.backend_name}) and cannot be trained. Leave it out when "
+                    f"quantising (modules_to_not_convert or llm_int8_skip_modules=[{name!r}]), or pass "
+                    "modules_to_save=[]."
+                )
 
 
 def check_parts(config: FacTConfig, model: nn.Module, linears: Iterable[str]) -> None:
-    """Refuse part names, such as ``fc1.q``, of a layer that has no such parts.
-
-    Raises:
-        ValueError: If `target_modules` or `exclude_modules` lists one.
-    """
+    """Refuse `target_modules` and `exclude_modules` that name a part, such as ``fc1.q``, of a layer without parts."""
     for field in ("target_modules", "exclude_modules"):
         asked = getattr(config, field)
         for part in asked if isinstance(asked, set) else []:
@@ -128,11 +105,7 @@ def check_parts(config: FacTConfig, model: nn.Module, linears: Iterable[str]) ->
 
 
 def check_blocks(model: nn.Module, layers: Iterable[str]) -> None:
-    """Refuse factors of each block where the names of the layers do not say in which block they lie.
-
-    Raises:
-        ValueError: If a layer of a transformer block lies, by its name, in another one.
-    """
+    """Refuse ``share="block"`` if a layer of a transformer block has a name that looks like one of another block."""
     blocks = find_blocks(model)
     for name in layers:
         for block in blocks:
@@ -144,25 +117,22 @@ def check_blocks(model: nn.Module, layers: Iterable[str]) -> None:
                 )
 
 
-def check_shared_weights(model: nn.Module, layers: Iterable[str]) -> None:
-    """Refuse layers whose weight would get an increment at one place and be used at another, or get two when merged.
+def check_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse a layer that is a child of two modules, and two layers that have the same weight.
 
-    A block that is used at several places is no such case: its layers have one place, in the block.
-
-    Raises:
-        ValueError: If a layer is a child of two modules, or two layers have one weight.
+    A layer with two parents would be adapted in one of them only, and a weight of two layers would be merged twice. A
+    block that is used at several places is no problem, since its layers have one parent.
     """
-    first = {model.get_submodule(name): name for name in layers if has_module(model, name)}
+    first = {layer: name for name, layer in layers.items()}
     weights: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module not in first or name == first[module]:
-            continue
-        parents = [model.get_submodule(place.rpartition(".")[0]) for place in (name, first[module])]
-        if parents[0] is not parents[1]:
-            raise ValueError(
-                f"{first[module]} and {name} are one layer at two places, and only the first would be adapted. Give "
-                f"each its own (copy.deepcopy), or pass exclude_modules=[{first[module]!r}, {name!r}]."
-            )
+    for parent_name, parent in model.named_modules():
+        for child_name, child in parent.named_children():
+            name = f"{parent_name}.{child_name}".removeprefix(".")
+            if first.get(child, name) != name:
+                raise ValueError(
+                    f"{first[child]} and {name} are one layer at two places, and only the first would be adapted. Give "
+                    f"each its own (copy.deepcopy), or pass exclude_modules=[{first[child]!r}, {name!r}]."
+                )
     for module, name in first.items():
         weight = base_of(module)._parameters.get("weight")
         other = weights.setdefault(id(weight), name) if weight is not None else name
@@ -173,35 +143,21 @@ def check_shared_weights(model: nn.Module, layers: Iterable[str]) -> None:
             )
 
 
-def has_module(model: nn.Module, name: str) -> bool:
-    """Whether `model` has a module of this name, which an in_proj is only later."""
-    parent, _, child = name.rpartition(".")
-    return child in model.get_submodule(parent)._modules
-
-
 def check_readable(layout: list[str], targets: Mapping[str, tuple[int, int]], parts: Mapping[str, str]) -> None:
-    """Refuse names that make a layout which cannot be read back, since the adapter would save and never load again.
-
-    Raises:
-        ValueError: If a layer has such a name.
-    """
+    """Refuse names of layers with which the layout could be saved but not read again."""
     try:
         readable = read_layout(layout) == (targets, parts)
     except ValueError:
         readable = False
     if not readable:
         raise ValueError(
-            f"These layers cannot be written down, {some(targets)}: probably a name has a comma, a colon or a space in "
-            "it; rename that module, or leave it out with exclude_modules."
+            f"These layers cannot be written down, {first_few(targets)}: probably a name has a comma, a colon or a "
+            "space in it; rename that module, or leave it out with exclude_modules."
         )
 
 
 def warn_of_unmatched(asked: FacTConfig, model: nn.Module, linears: Iterable[str]) -> None:
-    """Warn of names in `target_modules` and `modules_to_save` that match nothing, and name what would.
-
-    Warns:
-        UserWarning: If there is such a name.
-    """
+    """Warn of names in `target_modules` and `modules_to_save` that match nothing, and name modules that do."""
     layers = [part for name in linears for part in (name, *(part_names(name) if is_fused(model, name) else []))]
     suffixes = {layer.split(".", start)[-1] for layer in layers for start in range(layer.count(".") + 1)}
     targets = asked.target_modules if isinstance(asked.target_modules, set) else set()
@@ -209,8 +165,8 @@ def warn_of_unmatched(asked: FacTConfig, model: nn.Module, linears: Iterable[str
     if unmatched:
         last_names = dict.fromkeys(name.rpartition(".")[2] for name in linears)
         warnings.warn(
-            f"target_modules has {some(map(repr, unmatched))}, which matches no linear layer of "
-            f"{type(model).__name__}. Its linear layers are called {some(last_names, 12)}.",
+            f"target_modules has {first_few(map(repr, unmatched))}, which matches no linear layer of "
+            f"{type(model).__name__}. Its linear layers are called {first_few(last_names, 12)}.",
             stacklevel=2,
         )
     names = [name for name, _ in walk(model)]
@@ -221,13 +177,13 @@ def warn_of_unmatched(asked: FacTConfig, model: nn.Module, linears: Iterable[str
         found = find_classifiers(model) or [name for name, _ in model.named_children()]
         warnings.warn(
             f"modules_to_save has {', '.join(map(repr, unmatched))}, which matches no module of "
-            f"{type(model).__name__}, so nothing of that name is trained or saved. It has {some(found)}.",
+            f"{type(model).__name__}, so nothing of that name is trained or saved. It has {first_few(found)}.",
             stacklevel=2,
         )
 
 
 def layout_mismatch(config: FacTConfig, layout: list[str], model: nn.Module) -> str:
-    """Say how the layers an adapter was trained on differ from those it now meets."""
+    """The error message for an adapter that was trained on other layers than the model has."""
     assert config.layout is not None
     adapter_only = [line for line in config.layout if line not in layout] or config.layout
     model_only = [line for line in layout if line not in config.layout] or layout
@@ -241,7 +197,7 @@ def layout_mismatch(config: FacTConfig, layout: list[str], model: nn.Module) -> 
     )
 
 
-def some(names: Iterable[Any], count: int = 6) -> str:
+def first_few(names: Iterable[Any], count: int = 6) -> str:
     """The first few names, for an error message."""
     names = list(names)
     return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "") or "none"

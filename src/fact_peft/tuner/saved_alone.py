@@ -1,8 +1,8 @@
-"""A warning where the backbone of an adapted model is saved alone: its layers are in the file, their factors are not.
+"""A warning where the backbone of an adapted model is saved alone: the file has its layers and lacks their factors.
 
-The factors belong to the adapted model. Before its state dict is made, it announces that to its stacks; layers whose
-stack has not been told are part of another state dict, which lacks the factors. Only a part with all adapted layers is
-warned of, since accelerate asks single blocks for a state dict that nobody saves.
+The factors belong to the adapted model. Before a state dict of that model is made, a hook tells its stacks. A layer
+whose stack has not been told is part of another state dict, which lacks the factors. The warning is given only for a
+part with all adapted layers, since accelerate asks single blocks for state dicts that are not saved.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import warnings
 
 from torch import nn
 
-from ..adapter.validation import FACTORS
+from ..adapter.names import FACTORS
 from ..method.tensorization import Slices
 from .factors import FacTStack, SharedFactors
 
 
 def announce(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Tell the stacks of `model` that they will be in the state dict that begins; a hook of ``nn.Module``."""
+    """Tell the stacks of `model` that the state dict that begins will contain them; a hook of ``nn.Module``."""
     factors = getattr(model, FACTORS, None)
     if isinstance(factors, SharedFactors):
         for stack in factors.values():
@@ -26,13 +26,9 @@ def announce(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def warn_if_alone(adapter_name: str, slices: Slices, stack: FacTStack, prefix: str) -> None:
-    """Warn at the last layer of an adapter that a state dict has all its layers and will not have its factors.
+    """Warn at the last layer of an adapter if a state dict has all its layers and will not have its factors.
 
-    Args:
-        adapter_name: The adapter.
-        slices: Those of the layer that has just been added to the state dict.
-        stack: Where they are.
-        prefix: What its keys begin with there.
+    `slices` are those of the layer that has just been added to the state dict, whose keys begin with `prefix`.
     """
     all_slices = stack.configs[adapter_name].slices
     names = [name.split(".") for name in all_slices]

@@ -1,6 +1,4 @@
-"""Exchange the numbers of a loaded adapter for those of another one, in place."""
-
-from __future__ import annotations
+"""The numbers of a loaded adapter replaced in place: by those of another adapter, or by rounded ones."""
 
 import os
 
@@ -40,12 +38,9 @@ def hotswap_adapter(
             one is damaged. The loaded adapter is then as it was.
     """
     model = getattr(model, "_orig_mod", model)
-    loaded = fact_config(model, adapter_name)
-    saved = (
-        model_name_or_path
-        if isinstance(model_name_or_path, Adapter)
-        else Adapter.read(model_name_or_path, revision, token)
-    )
+    loaded, saved = fact_config(model, adapter_name), model_name_or_path
+    if not isinstance(saved, Adapter):
+        saved = Adapter.read(saved, revision, token)
     for name in MUST_AGREE:
         theirs, ours = getattr(saved.config, name), getattr(loaded, name)
         if theirs != ours:
@@ -53,9 +48,38 @@ def hotswap_adapter(
                 f"{model_name_or_path} has {name}={theirs!r}, but adapter {adapter_name!r} was loaded with "
                 f"{name}={ours!r}; only adapters of one shape can be swapped in place. Use load_adapter."
             )
+    saved.check_heads(model)
     saved.fill(model, adapter_name)
     loaded.labels, loaded.storage = saved.config.labels, saved.config.storage
     loaded.head_storage = saved.config.head_storage
-    for stack in model.modules():
-        if isinstance(stack, FacTStack) and adapter_name in stack.fact_U:
-            stack.fact_V[adapter_name].mul_(saved.config.scaling / loaded.scaling)
+    for stack in stacks_of(model, adapter_name):
+        stack.fact_V[adapter_name].mul_(saved.config.scaling / loaded.scaling)
+
+
+@torch.no_grad()
+def quantize_adapter(
+    model: nn.Module, storage: str | None, head_storage: str | None = None, adapter_name: str = "default"
+) -> None:
+    """Round an adapter in place to the numbers that a storage keeps of it, and set its config to that storage.
+
+    A metric that is measured afterwards is that of the saved file, wherever it is loaded.
+
+    Args:
+        model: A `PeftModel`, or a model with injected FacT layers.
+        storage: As `FacTConfig.storage`.
+        head_storage: As `FacTConfig.head_storage`.
+        adapter_name: The adapter to round.
+
+    Raises:
+        ValueError: If there is no such adapter or storage, the adapter is merged, or a number does not fit. The adapter
+            is then as it was.
+    """
+    config = fact_config(model, adapter_name)
+    adapter = Adapter.of(model, adapter_name).replace(storage=storage, head_storage=head_storage)
+    Adapter.from_state_dict(adapter.config, adapter.stored()).fill(model, adapter_name)
+    config.storage, config.head_storage = storage, head_storage
+
+
+def stacks_of(model: nn.Module, adapter_name: str) -> list[FacTStack]:
+    """The stacks that hold factors of an adapter."""
+    return [m for m in model.modules() if isinstance(m, FacTStack) and adapter_name in m.fact_U]
