@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from upstream import skip_where_lora_is_refused
 
-from benchmarks.coverage import architectures, features
+from benchmarks.coverage import architectures, features, verbs
 from benchmarks.reporting.markdown import write_generated
 from tests.architectures import ARCHITECTURES
 
@@ -26,6 +26,17 @@ def test_fact_has_every_feature_of_the_table(feature):
         pytest.importorskip("torchao")
     skip_where_lora_is_refused(*VERBS_OF_TRANSFORMERS.get(feature, ()))
     feature("FacT")
+
+
+FOR_LORA_BY_NAME = {"peft.utils.hotswap.hotswap_adapter", "rescale_adapter_scale", "load_adapter, hotswap"}
+EVERY_VERB = {f"{package}: {name}": verb for package, named in verbs.VERBS.items() for name, verb in named.items()}
+
+
+@pytest.mark.parametrize("name", EVERY_VERB)
+def test_no_verb_is_wrong_and_what_is_right_for_lora_is_right_for_fact(name):
+    lora, fact = (verbs.outcome(EVERY_VERB[name], method) for method in verbs.COMPARED)
+    assert not fact.startswith("wrong"), fact
+    assert fact == "right" or lora != "right" or name.partition(": ")[2] in FOR_LORA_BY_NAME, fact
 
 
 def test_architecture_table_has_the_counts_of_the_paper():

@@ -1,4 +1,4 @@
-"""Some sequences of verbs, always the same ones; ``python -m tests.fuzzing --sequences 5000`` runs others."""
+"""Some sequences of verbs, always the same ones; ``python -m tests.fuzzing --sequences 10000`` runs others."""
 
 import pytest
 

@@ -138,15 +138,39 @@ def test_a_peft_model_is_not_adapted_again():
     assert state(model) == before
 
 
+class Wrapper(nn.Module):
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.blocks = tower, nn.Sequential(Block(5), Block(5))
+
+    def forward(self, pixels):
+        return self.blocks(self.tower(pixels).logits)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        FacTConfig(**CONFIG),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"], init_lora_weights=False),
+    ],
+    ids=["FacT", "LoRA"],
+)
+def test_an_adapter_inside_the_model_stays_when_another_gets_its_name(inner):
+    tower = get_peft_model(make_backbone("vit"), inner).eval()
+    for name, parameter in tower.named_parameters():
+        if ".modules_to_save." in name:
+            parameter.data.add_(1)
+    pixels = torch.randn(2, 3, 16, 16)
+    expected, before = tower(pixels).logits, {name: value.clone() for name, value in tower.state_dict().items()}
+    settings = {**CONFIG, "target_modules": r"blocks\.\d\.fc."}
+    with pytest.warns(UserWarning, match="second time"):
+        get_peft_model(Wrapper(tower).eval(), FacTConfig(**settings))
+    after = tower.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(tower(pixels).logits, expected)
+
+
 def test_a_model_around_an_adapted_one_saves_what_it_loads(tmp_path):
-    class Wrapper(nn.Module):
-        def __init__(self, tower: nn.Module) -> None:
-            super().__init__()
-            self.tower, self.blocks = tower, nn.Sequential(Block(5), Block(5))
-
-        def forward(self, pixels):
-            return self.blocks(self.tower(pixels).logits)
-
     def build() -> nn.Module:
         torch.manual_seed(0)
         inner = get_peft_model(make_backbone("vit"), FacTConfig(**CONFIG), "inner")

@@ -103,8 +103,12 @@ class Reference:
     """
 
     def __init__(self, plain: nn.Module) -> None:
-        self.plain = copy.deepcopy(plain).double()
-        self.base = {name: value.detach().clone() for name, value in self.plain.state_dict().items()}
+        """
+        Args:
+            plain: The network before it is adapted, in float64. It is not changed.
+        """
+        self.plain = plain
+        self.base = {name: value.detach() for name, value in plain.state_dict().items()}
         self.adapters: dict[str, Adapter] = {}
         self.active: list[str] = []
         self.head: str | None = None

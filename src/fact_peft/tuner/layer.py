@@ -25,6 +25,7 @@ from ..method.tensorization import Slices
 from ..upstream import active_ddp_module, current_graph_task
 from .factors import FacTLayer, FacTStack, ordinary_tensors
 from .mixed_batch import MixedBatch, PerImageWeight, current_batch
+from .saved_alone import warn_if_alone
 
 
 def find_quantization(base_layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:
@@ -73,6 +74,12 @@ class FacTLinear(nn.Module, FacTLayer):
         self.fact_slices[adapter_name] = slices
         self.fact_stacks[adapter_name] = stack
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not hasattr(self.base_layer, "_hf_hook"):  # an offloaded model is saved part by part
+            for adapter_name, slices in self.fact_slices.items():
+                warn_if_alone(adapter_name, slices, self.fact_stacks[adapter_name], prefix)
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]

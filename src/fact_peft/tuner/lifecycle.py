@@ -17,7 +17,7 @@ from ..adapter.storage import from_storage, is_finite, to_storage
 from ..adapter.validation import factor_shapes
 from ..architecture.linears import close_attentions, replace_everywhere
 from ..upstream import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, activate_heads
-from .factors import FacTLayer, FacTStack, SharedFactors
+from .factors import FacTLayer, FacTStack, SharedFactors, remove_factors
 from .head import FacTHead
 from .layer import FacTLinear
 
@@ -118,8 +118,8 @@ def undo_injection(model: nn.Module, adapter_name: str, configs: dict[str, Any])
         elif isinstance(module, FacTHead) and not module.modules_to_save:
             replacements[module] = module.original_module
     replace_everywhere(base, replacements)
-    if isinstance(getattr(base, FACTORS, None), SharedFactors) and not getattr(base, FACTORS):
-        delattr(base, FACTORS)
+    if not own_factors(base):
+        remove_factors(base)
     if not any(isinstance(module, FacTLinear) for module in base.modules()):
         close_attentions(base)
 

@@ -20,11 +20,12 @@ from ..method.tensorization import stack_sizes
 from . import lifecycle
 from .adapter_names import using_adapters
 from .combination import sum_of_model
-from .factors import FacTLayer, ordinary_tensors
+from .factors import FacTLayer, ordinary_tensors, remove_factors
 from .head import FacTHead, adopt_heads
 from .layer import FacTLinear
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
+from .saved_alone import announce
 
 
 class FacTModel(BaseTuner):
@@ -81,6 +82,8 @@ class FacTModel(BaseTuner):
             open_attentions(model, config.slices)
             factors = lifecycle.own_factors(model)
             setattr(model, FACTORS, factors)
+            if factors.hook is None:
+                factors.hook = model.register_state_dict_pre_hook(announce)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             adopt_heads(model, factors.configs, heads)
             factors.keep_statistics(model)
@@ -221,8 +224,7 @@ class FacTModel(BaseTuner):
         if merge:
             lifecycle.check_mergeable(self.model, adapter_names, safe_merge)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        if hasattr(self.model, FACTORS):
-            delattr(self.model, FACTORS)
+        remove_factors(self.model)
         close_attentions(self.model)
         return self.model
 
