@@ -86,7 +86,9 @@ def two_batches(inputs: dict[str, Tensor]) -> tuple[Batch, Batch]:
 
 
 @torch.no_grad()
-def difference(architecture: Architecture, way: str, merged: bool = False, any_size: bool = True) -> float:
+def difference(
+    architecture: Architecture, way: str, merged: bool = False, any_size: bool = True, plain: bool = False
+) -> float:
     """The largest difference between outputs of an adapted model and of its export, over the adapter's effect on them.
 
     1 is what an export differs that has lost the adapter.
@@ -96,19 +98,21 @@ def difference(architecture: Architecture, way: str, merged: bool = False, any_s
         way: One of `WAYS`.
         merged: Merge the adapter first.
         any_size: Leave the number of images open, and compare for two numbers.
+        plain: Export the model without the adapter, which tells whose limit it is if it cannot be exported with it.
     """
     torch.manual_seed(0)
-    plain = architecture.build()
+    unadapted = architecture.build()
     inputs = architecture.inputs()
     batch, larger = two_batches(inputs)
-    model = adapt(copy.deepcopy(plain))
-    base, adapted = (Floats(module, list(inputs)).eval() for module in (plain, model))
+    model = adapt(copy.deepcopy(unadapted))
+    base, adapted = (Floats(module, list(inputs)).eval() for module in (unadapted, model))
+    effect = largest(run(adapted, batch), run(base, batch))
+    subject = base if plain else adapted
     batches = [batch, larger] if any_size else [batch]
-    expected = [run(adapted, each) for each in batches]
-    effect = largest(expected[0], run(base, batch))
+    expected = [run(subject, each) for each in batches]
     if merged:
         model.merge_adapter()
-    exported = WAYS[way](adapted, batch, any_size)
+    exported = WAYS[way](subject, batch, any_size)
     got = [run(lambda *x: exported(x), each) for each in batches]
     return max(largest(one, other) for one, other in zip(got, expected, strict=True)) / effect
 
