@@ -7,7 +7,8 @@
 The models are the tiny ones of tests/architectures.py with random weights and a random adapter, in float32. A
 difference is relative to the adapter's effect on the output: 1 says that the export has lost the adapter. Outputs are
 compared for the two images that were exported and for three. A model that is not exported so is exported for two images
-only, and the same model without an adapter is exported in the same ways to see whether it can be.
+only, and the same model without an adapter is exported in the same ways to see whether it can be. Where the adapter
+has little effect, a difference may exceed 1e-4 as far as float32 itself differs from float64.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from architectures import ARCHITECTURES, Architecture
-from exporting import WAYS, difference
+from exporting import WAYS, difference, rounding
 
 from benchmarks.reporting import markdown
 from benchmarks.reporting.results import Results
@@ -34,7 +35,7 @@ from benchmarks.reporting.results import Results
 COMMAND = "python -m benchmarks.coverage.exports"
 RESULTS = Path(__file__).parent / "results" / "exports.json"
 COLUMNS = {**{way: (way, False) for way in WAYS}, "merged, export": ("export", True), "merged, ONNX": ("ONNX", True)}
-# In float32, of the adapter's effect. Above it, an export is not the model.
+# In float32, of the adapter's effect. Above it, and above what rounding is for the model, an export is not the model.
 TOLERANCE = 1e-4
 
 
@@ -52,12 +53,11 @@ def attempt(architecture: Architecture, way: str, **settings: bool) -> dict[str,
     for images in ("any", "two"):
         try:
             found = difference(architecture, way, any_size=images == "any", **settings)
+            if found < TOLERANCE or found <= rounding(architecture):
+                return {"images": images, "difference": found, "error": error}
+            error = error or f"the outputs differ by {found:.0e}"
         except Exception as exception:  # whatever torch's exporters raise
             error = error or reason(exception)
-            continue
-        if found < TOLERANCE:
-            return {"images": images, "difference": found, "error": error}
-        error = error or f"the outputs differ by {found:.0e}"
     return {"images": "none", "difference": None, "error": error}
 
 
