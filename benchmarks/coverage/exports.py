@@ -98,9 +98,9 @@ def lines(results: Results) -> Iterator[str]:
         for images in ("two", "none"):
             keys = [key for key, measured in limited.items() if measured["images"] == images]
             if keys:
-                first = limited[keys[0]]
+                error = limited[keys[0]]["error"][:120]
                 plain = " and ".join(sorted({limited[key]["plain"]["images"] for key in keys}))
-                yield f"- {name}, {', '.join(keys)}: {images} images, without an adapter {plain}: `{first['error'][:120]}`"
+                yield f"- {name}, {', '.join(keys)}: {images} images, without an adapter {plain}: `{error}`"
     yield ""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     yield f"{versions}, onnxscript {onnxscript.__version__}, onnxruntime {onnxruntime.__version__}."
