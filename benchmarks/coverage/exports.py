@@ -1,6 +1,6 @@
 """The largest difference between exports of adapted models and the models themselves, as a Markdown table.
 
-    python -m benchmarks.coverage.exports                                  # what is missing, hours on one core
+    python -m benchmarks.coverage.exports                                  # what is missing, an hour on one core
     python -m benchmarks.coverage.exports --only "DINOv3" "timm EVA"       # of some architectures
     python -m benchmarks.coverage.exports --write benchmarks/coverage/MEASURED.md
 
