@@ -8,7 +8,7 @@ The models are the tiny ones of tests/architectures.py with random weights and a
 difference is relative to the adapter's effect on the output: 1 says that the export has lost the adapter. Outputs are
 compared for the two images that were exported and for three. A model that is not exported so is exported for two images
 only, and the same model without an adapter is exported in the same ways to see whether it can be. Where the adapter
-has little effect, a difference may exceed 1e-4 as far as float32 itself differs from float64.
+has little effect, a difference may exceed 1e-4 up to twice that of float32 from float64.
 """
 
 import argparse
@@ -37,6 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "exports.json"
 COLUMNS = {**{way: (way, False) for way in WAYS}, "merged, export": ("export", True), "merged, ONNX": ("ONNX", True)}
 # In float32, of the adapter's effect. Above it, and above what rounding is for the model, an export is not the model.
 TOLERANCE = 1e-4
+SAID = {"any": "exported", "two": "exported for two images", "none": "not exported"}
 
 
 def measure(architecture: Architecture, way: str, merged: bool) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def attempt(architecture: Architecture, way: str, **settings: bool) -> dict[str,
     for images in ("any", "two"):
         try:
             found = difference(architecture, way, any_size=images == "any", **settings)
-            allowed = TOLERANCE if found < TOLERANCE else rounding(architecture)
+            # The model and its export may each be so far from the exact outputs.
+            allowed = TOLERANCE if found < TOLERANCE else 2 * rounding(architecture)
             if found <= allowed:
                 return {"images": images, "difference": found, "allowed": allowed, "error": error}
             error = error or f"the outputs differ by {found:.0e}"
@@ -99,8 +101,8 @@ def lines(results: Results) -> Iterator[str]:
             keys = [key for key, measured in limited.items() if measured["images"] == images]
             if keys:
                 error = limited[keys[0]]["error"][:120]
-                plain = " and ".join(sorted({limited[key]["plain"]["images"] for key in keys}))
-                yield f"- {name}, {', '.join(keys)}: {images} images, without an adapter {plain}: `{error}`"
+                plain = " or ".join(sorted({SAID[limited[key]["plain"]["images"]] for key in keys}))
+                yield f"- {name}; {'; '.join(keys)}: {SAID[images]}. Without an adapter: {plain}. `{error}`"
     yield ""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     yield f"{versions}, onnxscript {onnxscript.__version__}, onnxruntime {onnxruntime.__version__}."
