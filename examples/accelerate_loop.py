@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from accelerate_checkpoints import last_epoch, load_checkpoint, save_checkpoint, trained_weights
 from command_line import connect_processes
 from peft import get_peft_model
@@ -49,9 +49,7 @@ if not args.model and accelerator.is_main_process and not base.exists():
 accelerator.wait_for_everyone()
 model = AutoModelForImageClassification.from_pretrained(base, num_labels=10, ignore_mismatched_sizes=True)
 set_seed(0)  # the factors start equal on all ranks
-config = FacTConfig(rank=8, decomposition=args.decomposition)
-# DeepSpeed keeps float32 copies itself, and ZeRO-3 needs factors and head in the data type of the loaded model.
-model = get_peft_model(model, config, autocast_adapter_dtype=accelerator.distributed_type != DistributedType.DEEPSPEED)
+model = get_peft_model(model, FacTConfig(rank=8, decomposition=args.decomposition))
 # accelerate 1.15 makes the patch embedding an FSDP2 unit of its own, which cannot be inside another one.
 model._no_split_modules = [name for name in model._no_split_modules if not name.endswith("Embeddings")]
 if args.gradient_checkpointing:

@@ -184,8 +184,7 @@ def make_model(args: Arguments, config: FacTConfig, task: Task, seed: int) -> Pe
         **({"drop_path_rate": args.drop_path} if drop_path else {}),
     )
     set_seed(seed)  # the factors start equal on all ranks, however the launcher loaded the backbone
-    # Under ZeRO-3 with bf16 the head is bfloat16 by now, and DeepSpeed needs factors and head in one data type.
-    model = get_peft_model(backbone, config, autocast_adapter_dtype=False)
+    model = get_peft_model(backbone, config)
     # accelerate 1.15 makes the patch embedding an FSDP2 unit of its own, which cannot be inside another one.
     model._no_split_modules = [name for name in model._no_split_modules or [] if not name.endswith("Embeddings")]
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,39 @@ def two_batches(inputs: dict[str, Tensor]) -> tuple[Batch, Batch]:
     return batch, tuple(torch.cat([x, x[:1].flip(-1)]) for x in batch)
 
 
+@dataclass(frozen=True)
+class Case:
+    """An architecture's tiny model with an adapter, and without.
+
+    Attributes:
+        plain: Without.
+        adapted: With.
+        batch: Inputs of both.
+        larger: The same, and one image more.
+        effect: The largest difference that the adapter makes to an output.
+    """
+
+    plain: Floats
+    adapted: Floats
+    batch: Batch
+    larger: Batch
+    effect: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, architecture: Architecture) -> Case:
+        torch.manual_seed(0)
+        model = architecture.build()
+        inputs = architecture.inputs()
+        batch, larger = two_batches(inputs)
+        plain, adapted = (Floats(each, list(inputs)).eval() for each in (model, adapt(copy.deepcopy(model))))
+        return cls(plain, adapted, batch, larger, largest(run(adapted, batch), run(plain, batch)))
+
+
 @torch.no_grad()
-def difference(architecture: Architecture, way: str, merged: bool = False, any_size: bool = True) -> float:
+def difference(
+    architecture: Architecture, way: str, merged: bool = False, any_size: bool = True, plain: bool = False
+) -> float:
     """The largest difference between outputs of an adapted model and of its export, over the adapter's effect on them.
 
     1 is what an export differs that has lost the adapter.
@@ -96,21 +128,26 @@ def difference(architecture: Architecture, way: str, merged: bool = False, any_s
         way: One of `WAYS`.
         merged: Merge the adapter first.
         any_size: Leave the number of images open, and compare for two numbers.
+        plain: Export the model without the adapter, which tells whose limit it is if it cannot be exported with it.
     """
-    torch.manual_seed(0)
-    plain = architecture.build()
-    inputs = architecture.inputs()
-    batch, larger = two_batches(inputs)
-    model = adapt(copy.deepcopy(plain))
-    base, adapted = (Floats(module, list(inputs)).eval() for module in (plain, model))
-    batches = [batch, larger] if any_size else [batch]
-    expected = [run(adapted, each) for each in batches]
-    effect = largest(expected[0], run(base, batch))
+    case = Case.of(architecture)
+    subject = case.plain if plain else case.adapted
+    batches = [case.batch, case.larger] if any_size else [case.batch]
+    expected = [run(subject, each) for each in batches]
     if merged:
-        model.merge_adapter()
-    exported = WAYS[way](adapted, batch, any_size)
+        subject.model.merge_adapter()
+    exported = WAYS[way](subject, case.batch, any_size)
     got = [run(lambda *x: exported(x), each) for each in batches]
-    return max(largest(one, other) for one, other in zip(got, expected, strict=True)) / effect
+    return max(largest(one, other) for one, other in zip(got, expected, strict=True)) / case.effect
+
+
+@torch.no_grad()
+def rounding(architecture: Architecture) -> float:
+    """How far the outputs of an adapted model in float32 are from those in float64, over the adapter's effect."""
+    case = Case.of(architecture)
+    exact = copy.deepcopy(case.adapted).double()
+    batch = tuple(x.double() if x.is_floating_point() else x for x in case.batch)
+    return largest(run(case.adapted, case.batch), run(exact, batch)) / case.effect
 
 
 def run(model: Callable[..., Sequence[Tensor]], batch: Batch) -> Sequence[Tensor]:

@@ -1,16 +1,20 @@
 """Checkpoints in float16 or bfloat16, whose dtype transformers keeps: the adapter trains in float32, head included."""
 
+import re
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
 from backbones import BACKBONES, images, logits, make_backbone, vit
 from peft import PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from benchmarks.launchers.launching import ROOT, launch
 from fact_peft import FacTConfig
 
 HALF = [torch.float16, torch.bfloat16]
@@ -193,3 +197,27 @@ def test_trainer_in_bf16(tmp_path):
     for name, parameter in model.named_parameters():
         if name in before:
             assert parameter.dtype == torch.float32 and not torch.equal(parameter, before[name])
+
+
+LOOP = str(ROOT / "examples" / "accelerate_loop.py")
+
+
+@pytest.mark.slow  # two processes
+def test_zero3_trains_factors_and_head_of_a_half_precision_checkpoint_in_float32(tmp_path):
+    """As the configuration file has it, in bfloat16. LoRA fails in DeepSpeed's ``defragment``."""
+    commands = []
+    for dtype in HALF:
+        folder = tmp_path / str(dtype)
+        torch.manual_seed(0)
+        vit(num_labels=10).to(dtype).save_pretrained(folder / "base")
+        command = [LOOP, "--model", str(folder / "base"), "--output_dir", str(folder), "--epochs"]
+        commands += [[*command, "1"], [*command, "2"]]  # resumed
+    accuracies = [float(found) for found in re.findall(r"validation accuracy ([\d.]+)%", launch("zero3", commands))]
+    assert len(accuracies) == 4
+    for dtype, first, second in zip(HALF, accuracies[::2], accuracies[1::2], strict=True):
+        assert second > first
+        saved = load_file(tmp_path / str(dtype) / "adapter" / "adapter_model.safetensors")
+        assert {name.split(".")[2] for name in saved} == {"factors", "classifier"}
+        for name, value in saved.items():
+            assert value.dtype == torch.float32 and value.isfinite().all(), name
+            assert not torch.equal(value, value.bfloat16().float()), name

@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from transformers import (
     BeitConfig,
     BeitModel,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     Dinov2Backbone,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    PretrainedConfig,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipModel,
+    SiglipVisionModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -206,3 +216,115 @@ def test_renaming_of_tensors_is_by_name_alone():
         headless = Renaming(removed="vit.", left_out=("classifier",))
         assert headless.tensors({**head_keys, f"{prefix}classifier.weight": 9}) == bare_keys
         assert list(headless.tensors({f"{prefix}classifiers.weight": 9}).values()) == [9]
+
+
+# Towers: one model of images and text, a classifier on its vision tower, and the tower alone.
+TEXT = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+SHAPE = {name: value for name, value in VIT_SHAPE.items() if name != "num_labels"}
+TOWERS = {
+    "CLIP": (CLIPConfig, CLIPModel, CLIPForImageClassification, CLIPVisionModel),
+    "SigLIP": (SiglipConfig, SiglipModel, SiglipForImageClassification, SiglipVisionModel),
+}
+
+
+def tower_config(name: str, text: dict[str, int] = TEXT) -> PretrainedConfig:
+    specials = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "projection_size": 32}
+    config = TOWERS[name][0](vision_config=SHAPE, text_config={**text, **specials}, projection_dim=16)
+    config.num_labels = NUM_LABELS
+    return config
+
+
+def towers(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The whole model, the classifier and the tower, with the same weights in the tower."""
+    config, (_, whole_class, head_class, tower_class) = tower_config(name), TOWERS[name]
+    torch.manual_seed(0)
+    whole, head, tower = whole_class(config).eval(), head_class(config).eval(), tower_class(config.vision_config).eval()
+    for model in (head.vision_model, tower):
+        model.load_state_dict(whole.vision_model.state_dict())
+    return whole, head, tower
+
+
+@torch.no_grad()
+def tower_features(model: nn.Module) -> Tensor:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(base, "vision_model", base)(IMAGES).last_hidden_state
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:3], ids=str)
+@pytest.mark.parametrize("name", TOWERS)
+def test_adapter_of_a_tower_gives_the_same_features_alone_and_in_a_classifier(name, settings, tmp_path, caplog):
+    _, head, tower = towers(name)
+    plain = tower_features(tower)
+    classifier = disturbed(head, **settings)
+    classifier.save_pretrained(tmp_path / "head")
+    with caplog.at_level(logging.INFO, logger="fact_peft"):
+        loaded = PeftModel.from_pretrained(tower, tmp_path / "head").eval()
+    assert "has no classifier: left out of the adapter" in caplog.text
+    torch.testing.assert_close(tower_features(loaded), tower_features(classifier), rtol=1e-5, atol=1e-5)
+    assert (tower_features(loaded) - plain).abs().max() > 0.1
+    loaded.save_pretrained(tmp_path / "tower")
+    back = PeftModel.from_pretrained(towers(name)[1], tmp_path / "tower").eval()
+    torch.testing.assert_close(tower_features(back), tower_features(classifier), rtol=1e-5, atol=1e-5)
+    assert not back.peft_config["default"].modules_to_save
+
+
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")  # of the tower that a classifier does not have
+@pytest.mark.parametrize("name", TOWERS)
+def test_adapter_of_one_tower_of_the_whole_model_loads_on_that_tower(name, tmp_path):
+    whole, head, tower = towers(name)
+    adapted = disturbed(whole, exclude_modules=r"text_model\..*")
+    adapted.save_pretrained(tmp_path)
+    for model in (head, tower):
+        loaded = PeftModel.from_pretrained(model, tmp_path).eval()
+        torch.testing.assert_close(tower_features(loaded), tower_features(adapted), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_adapter_of_both_towers_is_refused_on_one_and_says_what_to_do(name, tmp_path):
+    whole, head, tower = towers(name)
+    disturbed(whole).save_pretrained(tmp_path)
+    for model in (head, tower):
+        names = [name for name, _ in model.named_modules()]
+        with pytest.raises(
+            ValueError, match=r"layers of text_model too: .* use vision_model .* exclude_modules=r\"\(text"
+        ):
+            PeftModel.from_pretrained(model, tmp_path)
+        assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("index", [1, 2], ids=["classifier", "tower"])
+@pytest.mark.parametrize("name", TOWERS)
+def test_adapter_of_a_tower_is_refused_on_the_whole_model_and_loads_on_the_part_it_names(name, index, tmp_path):
+    adapted = disturbed(towers(name)[index])
+    adapted.save_pretrained(tmp_path)
+    whole = towers(name)[0]
+    with pytest.raises(ValueError, match=r"load it there: PeftModel\.from_pretrained\(model\.vision_model, \.\.\.\)\."):
+        PeftModel.from_pretrained(whole, tmp_path)
+    PeftModel.from_pretrained(whole.vision_model, tmp_path)
+    torch.testing.assert_close(tower_features(whole), tower_features(adapted), rtol=1e-5, atol=1e-5)
+
+
+def test_towers_with_the_same_layers_are_both_named(tmp_path):
+    disturbed(towers("SigLIP")[2]).save_pretrained(tmp_path)
+    whole = SiglipModel(tower_config("SigLIP", {**TEXT, "hidden_size": 32, "intermediate_size": 128}))
+    with pytest.raises(ValueError, match=r"from_pretrained\(model\.text_model, .* or .*\(model\.vision_model, "):
+        PeftModel.from_pretrained(whole, tmp_path)
+
+
+def test_adapter_of_the_text_tower_is_refused_on_a_vision_tower_of_the_same_layers(tmp_path):
+    whole = SiglipModel(tower_config("SigLIP", {**TEXT, "hidden_size": 32, "intermediate_size": 128}))
+    disturbed(whole, exclude_modules=r"vision_model\..*").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="belongs to other linear layers"):
+        PeftModel.from_pretrained(towers("SigLIP")[2], tmp_path)
+
+
+def test_a_head_that_the_model_has_no_place_for_is_left_out_on_the_part_that_is_named(tmp_path):
+    whole, head, _ = towers("CLIP")
+    adapted = disturbed(head)
+    adapted.save_pretrained(tmp_path)
+    model = CLIPVisionModelWithProjection(tower_config("CLIP").vision_config).eval()
+    model.vision_model.load_state_dict(whole.vision_model.state_dict())
+    with pytest.raises(ValueError, match=r"(?s)classifier\.weight: no part .* pass it model\.vision_model instead"):
+        PeftModel.from_pretrained(model, tmp_path)
+    PeftModel.from_pretrained(model.vision_model, tmp_path)
+    torch.testing.assert_close(tower_features(model), tower_features(adapted), rtol=1e-5, atol=1e-5)

@@ -227,7 +227,14 @@ class Verbs(RuleBasedStateMachine):
         expected = self.reference.logits(PIXELS)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.close(logits(self.model.eval(), PIXELS), expected, "output")
+            try:
+                self.close(logits(self.model.eval(), PIXELS), expected, "output")
+            except AssertionError:  # of numbers so large that float32 also rounds plain matrices by more
+                if self.touched:  # merging has rounded the weights
+                    raise
+                COUNTS["outputs compared in float64"] += 1
+                error = logits(copy.deepcopy(self.model).double(), PIXELS.double()) - expected
+                assert error.abs().max() <= 1e-9 * max(1.0, expected.abs().max().item()), "output in float64"
 
     @invariant()
     def model_consists_of_what_the_reference_consists_of(self) -> None:

@@ -2,8 +2,9 @@
 
 The same layer has two names in a head model and in its bare model, which differ by the base model's prefix.
 ``ViTForImageClassification`` has ``vit.layers.0.mlp.fc1`` where ``ViTModel`` has ``layers.0.mlp.fc1``; transformers
-stores the prefix as ``base_model_prefix``. An adapter of one loads on the other if all its layers, renamed, are exactly
-those that the other has.
+stores the prefix as ``base_model_prefix``. The tower in ``CLIPForImageClassification`` is called ``vision_model``, which
+follows from the key of its config, ``vision_config``. An adapter of one loads on the other if all its layers, renamed,
+are exactly those that the other has.
 """
 
 import re
@@ -14,6 +15,7 @@ from typing import TypeVar
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..architecture.linears import find_linears
 from ..method.tensorization import split_stack
@@ -83,12 +85,48 @@ UNCHANGED = Renaming()
 
 def find_renaming(layers: Iterable[str], model: nn.Module) -> Renaming:
     """From the names `layers` of a saved adapter to those of `model`; `UNCHANGED` if `model` has one of them."""
-    base = str(getattr(model, "base_model_prefix", ""))
-    if not base or not find_linears(model).keys().isdisjoint(layers):
+    layers = set(layers)
+    if not find_linears(model).keys().isdisjoint(layers):
         return UNCHANGED
-    if hasattr(model, base):
-        return Renaming(added=f"{base}.")
-    return Renaming(removed=f"{base}.") if all(name.startswith(f"{base}.") for name in layers) else UNCHANGED
+    if inner := inner_model(model):
+        return Renaming(added=f"{inner}.")
+    for name in names_in_others(model):
+        if all(layer.startswith(f"{name}.") for layer in layers):
+            return Renaming(removed=f"{name}.")
+    return UNCHANGED
+
+
+def inner_model(model: nn.Module) -> str:
+    """The name of the bare model in a head model: transformers' prefix, or the only tower inside; empty if none."""
+    base = str(getattr(model, "base_model_prefix", ""))
+    if base and hasattr(model, base):
+        return base
+    inside = bare_models(model)
+    return inside[0] if len(inside) == 1 else ""
+
+
+def names_in_others(model: nn.Module) -> list[str]:
+    """The names of a bare model in head models: transformers' prefix, and for a tower the one its config's key gives."""
+    key = str(getattr(getattr(model, "config", None), "base_config_key", ""))
+    tower = key.removesuffix("config") + "model"  # vision_config and vision_model
+    return [name for name in (getattr(model, "base_model_prefix", ""), tower if key else "") if name]
+
+
+def bare_models(model: nn.Module) -> list[str]:
+    """Names of the children that are bare models. Encoders that are a ``PreTrainedModel`` are none."""
+    children = model.named_children()
+    return [name for name, child in children if isinstance(child, PreTrainedModel) and name in names_in_others(child)]
+
+
+def parts_with(layers: Mapping[str, tuple[int, int]], model: nn.Module) -> list[str]:
+    """Names of the bare models in `model` that have `layers`, of these shapes, under the same names or renamed."""
+    found = []
+    for name in bare_models(model):
+        part = model.get_submodule(name)
+        linears, renaming = find_linears(part), find_renaming(layers, part)
+        if all(linears.get(renaming.here(layer)) == shape for layer, shape in layers.items()):
+            found.append(name)
+    return found
 
 
 def is_hub_id(name: str | None) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import is_copied_bias
 from ..adapter.config import FacTConfig
-from ..adapter.names import FACTORS, PREFIX, factor_key, for_terminal
+from ..adapter.names import FACTORS, PREFIX, factor_key, for_terminal, inner_model
 from ..adapter.storage import from_storage, is_finite, to_storage
 from ..adapter.validation import factor_shapes
 from ..architecture.linears import close_attentions, replace_everywhere
@@ -212,12 +212,14 @@ def checked_state_dict(
         elif not is_finite(remapped[name]):
             problems.append(f"{name}: holds NaN or infinity")
     if problems:
+        inner = inner_model(model.get_base_model() if isinstance(model, PeftModel) else model) if foreign else ""
         raise ValueError(
             f"The saved numbers do not fit adapter {adapter_name!r} (rank={config.rank}, "
             f"decomposition={config.decomposition!r}):\n  " + "\n  ".join(problems) + "\n"
             "Load them into an adapter made with the config they were saved with, on a model with as many labels "
             "(num_labels). To leave out a head of another size, pass ignore_mismatched_sizes=True to "
             "PeftModel.from_pretrained."
+            + (f" To load the layers without a head, pass it model.{inner} instead of the model." if inner else "")
         )
     if left_out:
         warnings.warn(

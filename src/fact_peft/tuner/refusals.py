@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..adapter.config import FacTConfig
-from ..adapter.names import FACTORS
+from ..adapter.names import FACTORS, inner_model, names_in_others, parts_with
 from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.heads import find_classifiers
 from ..architecture.linears import base_of, is_fused, part_names, walk
@@ -192,8 +192,28 @@ def layout_mismatch(config: FacTConfig, layout: list[str], model: nn.Module) -> 
         f"This FacT adapter belongs to other linear layers than {type(model).__name__} has:\n"
         + "".join(f"  adapter: {line}\n" for line in adapter_only)
         + "".join(f"  model:   {line}\n" for line in model_only)
+        + where_it_fits(config, model)
         + f"Load it on the backbone it was trained on (base_model_name_or_path={config.base_model_name_or_path!r}); "
         "to start a new adapter with this config, set layout=None."
+    )
+
+
+def where_it_fits(config: FacTConfig, model: nn.Module) -> str:
+    """Advice where to load an adapter if a part of `model` has its layers, or `model` is one of its parts; else empty."""
+    assert config.layout is not None
+    layers = read_layout(config.layout)[0]
+    parts = parts_with(layers, model)
+    if parts:
+        calls = " or ".join(f"PeftModel.from_pretrained(model.{part}, ...)" for part in parts)
+        return f"A part of the model has these layers; load it there: {calls}.\n"
+    roots = {layer.partition(".")[0] for layer in layers}
+    own = roots & {inner_model(model), *names_in_others(model)}
+    others = sorted(roots - own)
+    if not own or not others:
+        return ""
+    return (
+        f"It has layers of {', '.join(others)} too: load it on the whole model and use {', '.join(own)} from there, or "
+        f'train one without them, with exclude_modules=r"({"|".join(others)})\\..*".\n'
     )
 
 
