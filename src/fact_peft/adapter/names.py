@@ -2,9 +2,9 @@
 
 The same layer has two names in a head model and in its bare model, which differ by the base model's prefix.
 ``ViTForImageClassification`` has ``vit.layers.0.mlp.fc1`` where ``ViTModel`` has ``layers.0.mlp.fc1``; transformers
-stores the prefix as ``base_model_prefix``. The tower in ``CLIPForImageClassification`` is called ``vision_model``, which
-follows from the key of its config, ``vision_config``. An adapter of one loads on the other if all its layers, renamed,
-are exactly those that the other has.
+stores the prefix as ``base_model_prefix``. The tower in ``CLIPForImageClassification`` is called ``vision_model``; its
+name follows from the key of its config, ``vision_config``. An adapter of one loads on the other if all its layers,
+renamed, are exactly those that the other has.
 """
 
 import re
@@ -106,7 +106,7 @@ def inner_model(model: nn.Module) -> str:
 
 
 def names_in_others(model: nn.Module) -> list[str]:
-    """The names of a bare model in head models: transformers' prefix, and for a tower the one its config's key gives."""
+    """The names of a bare model in head models: transformers' prefix, and for a tower the one by its config's key."""
     key = str(getattr(getattr(model, "config", None), "base_config_key", ""))
     tower = key.removesuffix("config") + "model"  # vision_config and vision_model
     return [name for name in (getattr(model, "base_model_prefix", ""), tower if key else "") if name]

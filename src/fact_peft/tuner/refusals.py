@@ -199,7 +199,7 @@ def layout_mismatch(config: FacTConfig, layout: list[str], model: nn.Module) -> 
 
 
 def where_it_fits(config: FacTConfig, model: nn.Module) -> str:
-    """Advice where to load an adapter if a part of `model` has its layers, or `model` is one of its parts; else empty."""
+    """Advice on where to load an adapter whose layers are those of a part of `model`, or include them; else empty."""
     assert config.layout is not None
     layers = read_layout(config.layout)[0]
     parts = parts_with(layers, model)
