@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -100,7 +101,8 @@ def load_image_classifier(
     base: Any = base_model
     if not isinstance(base_model, nn.Module):
         base = load_base(adapter.config, folder, base_model, token)
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    # With a config, PEFT does not read and check the file a second time. It changes the config that it is given.
+    model = PeftModel.from_pretrained(base, str(folder), config=copy.copy(adapter.config)).eval()
     if adapter.config.labels and isinstance(base, PreTrainedModel):
         base.config.update(label_settings(adapter.config.labels))
     accept_in_pipeline()
