@@ -227,8 +227,10 @@ def test_an_adapter_without_its_head_is_refused_before_the_model_is_touched(wrap
     adapter = Adapter.read(tmp_path)
     model = adapted() if wrapped else make_backbone("vit")
     state, expected = set(model.state_dict()), scores(model)
-    with pytest.raises(ValueError, match=r"has no classifier\.bias.*adapter\.replace\(modules_to_save=\[\]\)"):
+    with pytest.raises(ValueError, match=r"has no classifier\.bias.*\.replace\(modules_to_save=\[\]\)"):
         adapter.attach(model, "other")
+    with pytest.raises(ValueError, match=r"has no classifier\.bias"):
+        model.load_adapter(tmp_path, "other") if wrapped else PeftModel.from_pretrained(model, tmp_path, "other")
     if wrapped:
         with pytest.raises(ValueError, match=r"has no classifier\.bias"):
             hotswap_adapter(model, adapter)

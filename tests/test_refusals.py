@@ -290,3 +290,12 @@ def test_feature_extraction_takes_pixel_values(name):
     assert adapted(**inputs, output_hidden_states=True).hidden_states is not None
     with adapted.disable_adapter():
         assert not torch.allclose(adapted(**inputs).last_hidden_state, expected, atol=1e-3)
+
+
+def test_transformers_takes_a_model_whose_first_adapter_was_refused_as_unadapted():
+    vit = make_backbone("vit")
+    for refused in ({"rank": 99}, {"modules_to_save": ["classifier"], "labels": ["one"]}):
+        with pytest.raises(ValueError):
+            vit.add_adapter(FacTConfig(**refused))
+    vit.add_adapter(FacTConfig(rank=2))
+    assert vit.active_adapters() == ["default"]

@@ -102,6 +102,19 @@ for attribute in ("_member_names_", "_member_map_", "_value2member_map_"):
     private(f"peft.utils.peft_types:PeftType.{attribute}", "to add the member FACT to the enum")
 
 
+LOADED = "_hf_peft_config_loaded"
+private(
+    f"transformers.integrations.peft:PeftAdapterMixin.{LOADED}",
+    "to unset it after a first adapter was refused, since transformers sets it before it makes the adapter",
+)
+
+
+def unset_loaded(model: Any) -> None:
+    """Have transformers take a model without an adapter as one again."""
+    if getattr(model, LOADED, False) and not hasattr(model, "peft_config"):
+        setattr(model, LOADED, False)
+
+
 def accept_in_pipeline() -> None:
     """Have ``pipeline("image-classification")`` take a `PeftModel` without logging that it is not supported."""
     from transformers.pipelines.base import SUPPORTED_PEFT_TASKS  # not every user of the package needs pipelines

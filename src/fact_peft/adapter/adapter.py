@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.heads import current_labels
-from ..architecture.linears import base_of, walk
 from ..method.decomposition import DECOMPOSITIONS, increment_norms
 from ..method.tensorization import Slices
 from .config import FacTConfig, fact_config
 from .files import find_folder, read_tensors, replacing_files, write_files
-from .names import PREFIX, factor_key, find_renaming, mark_local_folder
+from .names import PREFIX, factor_key, mark_local_folder
 from .storage import exact_numbers, to_storage
 from .validation import check_pair, record, sort_tensors
 
@@ -52,6 +51,9 @@ class Adapter:
     config: FacTConfig
     factors: Mapping[str, Mapping[str, Tensor]]
     others: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self.config.saved_others = frozenset(self.others)
 
     @classmethod
     def read(
@@ -148,7 +150,6 @@ class Adapter:
         """
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(f"adapter_name={adapter_name!r} exists already; choose another name or delete it first.")
-        self.check_heads(model)
         config = copy.copy(self.config)
         config.inference_mode = not is_trainable
         if isinstance(model, PeftModel):
@@ -158,24 +159,6 @@ class Adapter:
         else:
             inject_adapter_in_model(config, model, adapter_name)
         self.fill(model, adapter_name)
-
-    def check_heads(self, model: nn.Module) -> None:
-        """Check that this adapter has all parameters of the modules of `model` that its `modules_to_save` names.
-
-        Raises:
-            ValueError: If it lacks one, as an adapter whose file was saved without its head.
-        """
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        renaming = find_renaming(self.slices, base)
-        heads = tuple(name.removeprefix(renaming.removed) for name in self.config.modules_to_save or [])
-        trained = {name: base_of(module) for name, module in walk(base) if name.endswith(heads)}
-        needed = {f"{name}.{key}" for name, head in trained.items() for key, _ in head.named_parameters()}
-        if missing := sorted(needed - renaming.tensors(self.others).keys()):
-            raise ValueError(
-                f"The adapter trains modules_to_save={self.config.modules_to_save} but has no {', '.join(missing)}, "
-                f"which {type(base).__name__} needs: the file was probably saved without its head. Save the adapter "
-                "again where it was trained, or keep the head of the model with adapter.replace(modules_to_save=[])."
-            )
 
     def fill(self, model: nn.Module, adapter_name: str = "default") -> None:
         """Copy the numbers into an adapter of the same layout that `model` has already; the scale there stays.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -206,7 +206,7 @@ class FacTConfig(PeftConfig):
         config: Any = super().from_pretrained(name, subfolder=subfolder, **kwargs)
         if isinstance(config, FacTConfig):
             download, _, _ = split_download_arguments(kwargs)
-            check_saved_weights(config, name, subfolder, **download)
+            config.saved_others = check_saved_weights(config, name, subfolder, **download)
             config.ignores_mismatched_head = bool(kwargs.get("ignore_mismatched_sizes"))
         return config
 
@@ -214,6 +214,7 @@ class FacTConfig(PeftConfig):
     # Not fields: they belong to one loading and are not saved.
     ignores_mismatched_head = False
     renaming = UNCHANGED
+    saved_others = cast("frozenset[str] | None", None)  # names of the saved tensors of heads and biases
 
     @property
     def scaling(self) -> float:

@@ -131,15 +131,22 @@ def packing_misfits(key: str, tensor: Tensor, storage: str | None) -> list[str]:
     return []
 
 
-def check_saved_weights(config: FacTConfig, adapter: str, subfolder: str | None = None, **download: Any) -> None:
+def check_saved_weights(
+    config: FacTConfig, adapter: str, subfolder: str | None = None, **download: Any
+) -> frozenset[str] | None:
     """Check the weights beside a saved config, on disk or on the Hub, as `sort_tensors` and `check_pair` do.
+
+    Returns:
+        The names of the trained tensors other than the factors; None if there are no weights.
 
     Raises:
         ValueError: As these functions, or if a file is damaged or renamed.
     """
+    others = None
     for file in weights_files(adapter, subfolder, **download):
         check_pair(config, file)
-        sort_tensors(config, read_tensors(file), str(file))
+        others = frozenset(sort_tensors(config, read_tensors(file), str(file))[1])
+    return others
 
 
 def digest(config: FacTConfig) -> str:

@@ -3,11 +3,14 @@
 import os
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import fact_config
+from ..architecture.linears import walk
 from ..tuner.factors import FacTStack
+from ..tuner.refusals import check_complete
 
 # The fields on which the compiled graph or the meaning of the numbers depends.
 MUST_AGREE = ("rank", "decomposition", "fact_dropout", "share", "layout", "bias", "modules_to_save")
@@ -48,7 +51,9 @@ def hotswap_adapter(
                 f"{model_name_or_path} has {name}={theirs!r}, but adapter {adapter_name!r} was loaded with "
                 f"{name}={ours!r}; only adapters of one shape can be swapped in place. Use load_adapter."
             )
-    saved.check_heads(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    heads = tuple(loaded.modules_to_save or [])
+    check_complete(saved.config, {name: module for name, module in walk(base) if name.endswith(heads)})
     saved.fill(model, adapter_name)
     loaded.labels, loaded.storage = saved.config.labels, saved.config.storage
     loaded.head_storage = saved.config.head_storage

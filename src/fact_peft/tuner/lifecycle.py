@@ -16,7 +16,7 @@ from ..adapter.names import FACTORS, PREFIX, factor_key, for_terminal, inner_mod
 from ..adapter.storage import from_storage, is_finite, to_storage
 from ..adapter.validation import factor_shapes
 from ..architecture.linears import close_attentions, replace_everywhere
-from ..upstream import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, activate_heads
+from ..upstream import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, activate_heads, unset_loaded
 from .factors import FacTLayer, FacTStack, SharedFactors, remove_factors
 from .head import FacTHead
 from .layer import FacTLinear
@@ -137,6 +137,7 @@ def undone_on_failure(model: nn.Module, adapter_name: str, configs: dict[str, An
         undo_injection(model, adapter_name, configs)
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+        unset_loaded(model)
         raise
 
 

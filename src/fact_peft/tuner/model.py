@@ -17,6 +17,7 @@ from ..adapter.field_checks import check_scale
 from ..adapter.names import FACTORS
 from ..architecture.linears import close_attentions, open_attentions
 from ..method.tensorization import stack_sizes
+from ..upstream import unset_loaded
 from . import lifecycle
 from .adapter_names import using_adapters
 from .combination import sum_of_model
@@ -71,6 +72,7 @@ class FacTModel(BaseTuner):
             del self.peft_config[adapter_name]
             if previous is not None:  # the model keeps the adapter that it has under this name
                 self.peft_config[adapter_name] = previous
+            unset_loaded(model)
             raise
         self.peft_config[adapter_name] = config
         lifecycle.forget(self.model, adapter_name)

@@ -51,6 +51,8 @@ def resolve(asked: FacTConfig, model: nn.Module, adapter_name: str = "default") 
     settle_heads(config, model, modules)
     settle_targets(config, model, linears, modules)
     targets, parts = settle_layout(config, model, linears, modules)
+    refusals.check_complete(config, named(config.modules_to_save, modules))
+    config.saved_others = None  # the adapters that are made of this config, such as weighted sums, have no file
     if parts:
         check_order(model, parts)
     layers = {name: modules[name] for name in targets if name in modules}  # an in_proj is not a module yet
@@ -93,7 +95,7 @@ def settle_heads(config: FacTConfig, model: nn.Module, modules: Mapping[str, nn.
                 kept.append(name)
         config.modules_to_save = kept
     heads = config.modules_to_save or []
-    refusals.check_trainable({name: module for name, module in modules.items() if name.endswith(tuple(heads))})
+    refusals.check_trainable(named(heads, modules))
     if left_out:
         logger.info("%s has no %s: left out of the adapter.", type(model).__name__, ", ".join(left_out))
         config.renaming = replace(config.renaming, left_out=tuple(left_out))
@@ -104,6 +106,11 @@ def settle_heads(config: FacTConfig, model: nn.Module, modules: Mapping[str, nn.
         if not config.ignores_mismatched_head:
             raise
         config.labels = fitting_labels(None, model, heads)
+
+
+def named(heads: list[str] | None, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules whose names end with those of `heads`."""
+    return {name: module for name, module in modules.items() if name.endswith(tuple(heads or []))}
 
 
 def settle_targets(

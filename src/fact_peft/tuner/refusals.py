@@ -90,6 +90,20 @@ def check_trainable(heads: Mapping[str, nn.Module]) -> None:
                 )
 
 
+def check_complete(config: FacTConfig, heads: Mapping[str, nn.Module]) -> None:
+    """Refuse a saved adapter that lacks a parameter of one of `heads`, the modules that it is to be copied into."""
+    if config.saved_others is None:
+        return
+    needed = {f"{name}.{key}" for name, head in heads.items() for key, _ in base_of(head).named_parameters()}
+    missing = sorted(needed - config.renaming.tensors(dict.fromkeys(config.saved_others)).keys())
+    if missing:
+        raise ValueError(
+            f"The adapter trains modules_to_save={config.modules_to_save} but has no {first_few(missing)}: probably it "
+            "was saved without its head. Save it again where it was trained, or keep the head of the model with "
+            "Adapter.read(folder).replace(modules_to_save=[]).attach(model)."
+        )
+
+
 def check_parts(config: FacTConfig, model: nn.Module, linears: Iterable[str]) -> None:
     """Refuse `target_modules` and `exclude_modules` that name a part, such as ``fc1.q``, of a layer without parts."""
     for field in ("target_modules", "exclude_modules"):
