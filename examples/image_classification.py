@@ -55,6 +55,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import fact_peft
@@ -145,18 +146,15 @@ def make_config(args: Arguments, scale: float | None) -> FacTConfig:
 
 
 def check_arguments(args: Arguments, training: Recipe) -> None:
-    """Check at the start what would otherwise fail at the end.
-
-    Raises:
-        SystemExit: If two arguments contradict each other.
-        ValueError: If a storage or a setting of FacT is unknown.
-    """
+    """Raise an error at the start for what would otherwise fail at the end."""
     if (args.model is None) != (args.dataset is None):
         raise SystemExit("--model and --dataset go together: pass both, or neither for the digits.")
     if training.push_to_hub and (training.hub_model_id is None or args.model is None or Path(args.model).exists()):
         raise SystemExit("--push_to_hub needs --hub_model_id and a --model from the Hub, which the adapter names.")
     if args.straight_through and not args.storage:
         raise SystemExit("--straight_through needs --storage, the numbers to round to, such as int4.")
+    for callback in get_reporting_integration_callbacks(training.report_to):
+        callback()  # raises an error if its package is missing
     FacTConfig(storage=args.storage, head_storage=args.head_storage)
     for scale in args.scales or [None]:
         make_config(args, scale)

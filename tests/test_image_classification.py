@@ -302,6 +302,7 @@ def test_it_starts_from_the_gradients_of_unmixed_images(train, monkeypatch):
         (["--scales", "1", "0"], "scale=0 switches the adapter off"),
         (["--rank", "0"], "rank=0 is less than 1"),
         (["--straight_through", "2"], "--straight_through needs --storage"),
+        (["--report_to", "nobody"], "nobody is not supported"),
         (["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
         (["--lerning_rate", "1"], "unknown argument --lerning_rate: did you mean --learning_rate?"),
         (["--target-module", "qkv"], "did you mean --target_modules?"),
