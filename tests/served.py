@@ -24,7 +24,10 @@ from fact_peft import FacTConfig
 
 T = TypeVar("T")
 SERVE = Path(__file__).parents[1] / "examples" / "serving" / "serve.py"
-FAST_METRICS = {"RAY_metrics_report_interval_ms": "1000"}  # instead of ten seconds
+RAY_SETTINGS = {
+    "RAY_metrics_report_interval_ms": "1000",  # instead of ten seconds
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, Ray would stop a proxy that a busy machine starts slowly
+}
 LABELS = {"fruit": ["apple", "pear", "plum"], "sky": ["clear", "cloudy"]}
 READ_TIMEOUT = 10  # seconds
 PATIENCE = 600  # seconds after which what is waited for hangs; on a busy machine Ray alone took 200 to start
@@ -105,7 +108,7 @@ def serve(folder: Path, token: str) -> Iterator[Served]:
         process = subprocess.Popen(
             [sys.executable, SERVE, *(text for key, value in options.items() for text in (f"--{key}", str(value)))],
             cwd=folder,
-            env={**os.environ, "SERVING_TOKEN": token, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **FAST_METRICS},
+            env={**os.environ, "SERVING_TOKEN": token, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **RAY_SETTINGS},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
