@@ -26,7 +26,7 @@ T = TypeVar("T")
 SERVE = Path(__file__).parents[1] / "examples" / "serving" / "serve.py"
 RAY_SETTINGS = {
     "RAY_metrics_report_interval_ms": "1000",  # instead of ten seconds
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, Ray would stop a proxy that a busy machine starts slowly
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # instead of 5 s, too few on a busy machine
 }
 LABELS = {"fruit": ["apple", "pear", "plum"], "sky": ["clear", "cloudy"]}
 READ_TIMEOUT = 10  # seconds
