@@ -13,11 +13,12 @@ HERE = Path(__file__).parent
 # Runs each line of its input, {"code", "name", "folder"}, in a process of its own, which starts with everything
 # imported but fact_peft, and answers with the exit status.
 STEPS = """
-import contextlib, json, os, sys, traceback
+import contextlib, importlib, json, os, sys, traceback
 import transformers.models.vit.modeling_vit, transformers.pipelines, transformers.trainer
-import peft, peft.tuners.lora.bnb, torch
-with contextlib.suppress(ImportError):
-    import timm
+import peft, torch
+for optional in ("peft.tuners.lora.bnb", "timm"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(optional)
 
 for line in sys.stdin:
     step = json.loads(line)
