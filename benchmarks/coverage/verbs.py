@@ -442,7 +442,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "disable_input_dtype_casting": dtype_casting,
         "rescale_adapter_scale": rescale,
         "check_if_peft_model": is_peft_model,
-        "convert_to_lora": to_lora,
+        "convert_to_lora, the method's own": to_lora,
         "copy.deepcopy": deep_copy,
         "torch.save of the model": pickle,
     },
