@@ -8,6 +8,7 @@ it is counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSD
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ class SharedFactors(nn.ModuleDict):
 
     Attributes:
         configs: The model's own config of each adapter.
-        hook: The handle of the model's hook that announces its state dicts, see `saved_alone`.
+        hook: The handle of the model's hook that announces its state dicts, see `warn_if_alone`.
         frozen_norms: The layers to keep in evaluation mode.
     """
 
@@ -138,7 +139,7 @@ class FacTStack(nn.Module, FacTLayer):
     other_param_names = ("configs", "unloaded")
     fact_U: nn.ParameterDict
     fact_V: nn.ParameterDict
-    announced = False  # whether the state dict that is being made has the factors, see `saved_alone`
+    announced = False  # whether the state dict that is being made has the factors, see `warn_if_alone`
     # BaseTunerLayer would look these up in a base layer, which a stack does not have.
     weight = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
@@ -259,3 +260,33 @@ class FacTStack(nn.Module, FacTLayer):
 
     def extra_repr(self) -> str:
         return f"slices of {self.in_features}x{self.out_features}"
+
+
+def announce(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Tell the stacks of `model` that the state dict that begins will contain them; a hook of ``nn.Module``."""
+    factors = getattr(model, FACTORS, None)
+    for stack in factors.values() if isinstance(factors, SharedFactors) else []:
+        cast(FacTStack, stack).announced = True
+
+
+def warn_if_alone(adapter_name: str, slices: Slices, stack: FacTStack, prefix: str) -> None:
+    """Warn at the last layer of an adapter if a state dict has all its layers and will not have its factors.
+
+    The factors belong to the adapted model, whose hook `announce` tells its stacks before its state dict is made. The
+    state dict of a part lacks a stack that was not told. Only a part with all adapted layers warns, since accelerate
+    asks single blocks for state dicts that are not saved.
+
+    `slices` are those of the layer that has just been added to the state dict, whose keys begin with `prefix`.
+    """
+    all_slices = stack.configs[adapter_name].slices
+    names = [name.split(".") for name in all_slices]
+    # From the innermost module with all layers to the last layer; the key of a layer in a smaller part is shorter.
+    in_common = (depth for depth, parts in enumerate(zip(*names, strict=False)) if len(set(parts)) > 1)
+    shortest = len(names[-1]) - next(in_common, len(names[-1]) - 1)
+    is_last = slices == list(all_slices.values())[-1]
+    if is_last and not stack.announced and prefix.count(".") >= shortest:
+        warnings.warn(
+            f"This state dict of a part of an adapted model lacks the factors of adapter {adapter_name!r}, which "
+            "belong to the whole model. Save the whole model, or call merge_and_unload() before you save the part.",
+            stacklevel=2,
+        )

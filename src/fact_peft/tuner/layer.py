@@ -23,9 +23,8 @@ from ..method.decomposition import contract, core_grid, core_matrix, expand, inc
 from ..method.fused_linear import autocast_dtype, fused_linear, is_fusable, without_autocast
 from ..method.tensorization import Slices
 from ..upstream import active_ddp_module, current_graph_task
-from .factors import FacTLayer, FacTStack, ordinary_tensors
+from .factors import FacTLayer, FacTStack, ordinary_tensors, warn_if_alone
 from .mixed_batch import MixedBatch, PerImageWeight, current_batch
-from .saved_alone import warn_if_alone
 
 
 def find_quantization(base_layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:

@@ -21,12 +21,11 @@ from ..upstream import unset_loaded
 from . import lifecycle
 from .adapter_names import using_adapters
 from .combination import sum_of_model
-from .factors import FacTLayer, ordinary_tensors, remove_factors
+from .factors import FacTLayer, announce, ordinary_tensors, remove_factors
 from .head import FacTHead, adopt_heads
 from .layer import FacTLinear
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
-from .saved_alone import announce
 
 
 class FacTModel(BaseTuner):
