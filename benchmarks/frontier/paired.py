@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.frontier.command_line import frontier_parser, parse
+from benchmarks.frontier.default import DEFAULT
 from benchmarks.frontier.report import best_rates, read
 from benchmarks.reporting.markdown import table, write_generated
 
@@ -35,7 +36,8 @@ def difference(ours: pd.Series, theirs: pd.Series) -> str:
 
 
 def report(runs: pd.DataFrame, choosing: list[str]) -> str:
-    """Tables of the accuracy of each method on each task, and of what the start from gradients is above the others."""
+    """Tables of the accuracy of each method on each task, and of the differences from the default and from the starts
+    from gradients to the others."""
     found = accuracies(runs, choosing)
     sizes = runs.groupby("method")["parameters"].first()
     by_size = sorted(found.columns, key=lambda method: (sizes[method], method))
@@ -44,7 +46,7 @@ def report(runs: pd.DataFrame, choosing: list[str]) -> str:
         "that chose no rate": [task for task in found.index if task not in choosing],
         "untouched": [task for task in found.index if task in UNTOUCHED],
     }
-    started = [method for method in by_size if method.endswith(START)]
+    ours_all = [method for method in by_size if method.endswith(START) or method == DEFAULT]
     blocks = [
         "Test accuracy in %, at one rate a method:",
         table(
@@ -55,7 +57,7 @@ def report(runs: pd.DataFrame, choosing: list[str]) -> str:
             ],
         ),
     ]
-    for ours in started:
+    for ours in ours_all:
         rows = []
         for theirs in by_size:
             of_groups = [difference(found.loc[group, ours], found.loc[group, theirs]) for group in groups.values()]
@@ -66,7 +68,7 @@ def report(runs: pd.DataFrame, choosing: list[str]) -> str:
             "tasks, in brackets how many:",
             table(["minus", "parameters", *groups], rows),
         ]
-    seeds = runs[runs["method"].isin(started)].groupby("method")["seed"].nunique()
+    seeds = runs[runs["method"].isin(found.columns)].groupby("method")["seed"].nunique()
     blocks.append(f"Seeds: {', '.join(f'{method} {count}' for method, count in seeds.items())}.")
     return "\n\n".join(blocks)
 
