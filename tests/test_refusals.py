@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import ViTForImageClassification
 
-from fact_peft import FacTConfig, FacTLinear
+from fact_peft import FacTConfig, FacTLinear, hotswap_adapter
 
 CONFIG = {"rank": 2, "init_weights": False}
 
@@ -168,6 +168,23 @@ def test_an_adapter_inside_the_model_stays_when_another_gets_its_name(inner):
     after = tower.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
     assert torch.equal(tower(pixels).logits, expected)
+
+
+def test_hotswap_leaves_an_adapter_of_the_same_name_inside_the_model(tmp_path):
+    def build() -> tuple[nn.Module, PeftModel]:
+        tower = get_peft_model(make_backbone("vit"), FacTConfig(**CONFIG, modules_to_save=[])).eval()
+        with pytest.warns(UserWarning, match="second time"):
+            return tower, get_peft_model(
+                Wrapper(tower).eval(), FacTConfig(**{**CONFIG, "target_modules": r"blocks\.\d\.fc."})
+            )
+
+    _, other = build()
+    other.set_scale("default", 2 * other.peft_config["default"].scale)  # which is folded into V
+    other.save_pretrained(tmp_path)
+    tower, model = build()
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    hotswap_adapter(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
 
 
 def test_a_model_around_an_adapted_one_saves_what_it_loads(tmp_path):

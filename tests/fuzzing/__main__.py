@@ -1,8 +1,8 @@
 """Many sequences of verbs, compared after each with plain matrices: ``python -m tests.fuzzing --sequences 10000``.
 
-Prints every seed when it is done, every sequence that failed, and how often each verb ran. Each seed is good for a
-hundred sequences, so that a run can be split or continued: the sequences of ``--sequences 10000 --seed 0`` are those of
-``--sequences 4000 --seed 0`` and ``--sequences 6000 --seed 20``.
+Prints every seed when it is done, every sequence that failed, and how often each verb ran. Each seed gives a hundred
+sequences through each of two surfaces, so that a run can be split or continued: the sequences of
+``--sequences 10000 --seed 0`` are those of ``--sequences 4000 --seed 0`` and ``--sequences 6000 --seed 20``.
 """
 
 import argparse

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.heads import current_labels
+from ..architecture.linears import unwrapped
 from ..method.decomposition import DECOMPOSITIONS, increment_norms
 from ..method.tensorization import Slices
 from .config import FacTConfig, fact_config
@@ -126,7 +127,7 @@ class Adapter:
         config.check_scale()
         config.check_storage()
         config.labels = current_labels(config.labels, model)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = unwrapped(model)
         if config.task_type is None:
             config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         if config.base_model_name_or_path is None:

@@ -14,6 +14,7 @@ therefore only needs an attribute `weight`.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -39,6 +40,11 @@ class OpenAttention(nn.MultiheadAttention):
     @property
     def in_proj_bias(self) -> Any:  # type: ignore[override]
         return self.in_proj.bias
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`; any other model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def base_of(module: nn.Module) -> nn.Module:

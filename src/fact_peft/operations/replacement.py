@@ -3,13 +3,13 @@
 import os
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import fact_config
-from ..architecture.linears import walk
-from ..tuner.factors import FacTStack
+from ..architecture.linears import unwrapped, walk
+from ..tuner.lifecycle import own_stacks
+from ..tuner.planning import named
 from ..tuner.refusals import check_complete
 
 # The fields on which the compiled graph or the meaning of the numbers depends.
@@ -51,13 +51,11 @@ def hotswap_adapter(
                 f"{model_name_or_path} has {name}={theirs!r}, but adapter {adapter_name!r} was loaded with "
                 f"{name}={ours!r}; only adapters of one shape can be swapped in place. Use load_adapter."
             )
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    heads = tuple(loaded.modules_to_save or [])
-    check_complete(saved.config, {name: module for name, module in walk(base) if name.endswith(heads)})
+    check_complete(saved.config, named(loaded.modules_to_save, dict(walk(unwrapped(model)))))
     saved.fill(model, adapter_name)
     loaded.labels, loaded.storage = saved.config.labels, saved.config.storage
     loaded.head_storage = saved.config.head_storage
-    for stack in stacks_of(model, adapter_name):
+    for stack in own_stacks(model, adapter_name):
         stack.fact_V[adapter_name].mul_(saved.config.scaling / loaded.scaling)
 
 
@@ -83,8 +81,3 @@ def quantize_adapter(
     adapter = Adapter.of(model, adapter_name).replace(storage=storage, head_storage=head_storage)
     Adapter.from_state_dict(adapter.config, adapter.stored()).fill(model, adapter_name)
     config.storage, config.head_storage = storage, head_storage
-
-
-def stacks_of(model: nn.Module, adapter_name: str) -> list[FacTStack]:
-    """The stacks that hold factors of an adapter."""
-    return [m for m in model.modules() if isinstance(m, FacTStack) and adapter_name in m.fact_U]

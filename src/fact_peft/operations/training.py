@@ -12,7 +12,7 @@ from ..adapter.config import fact_config
 from ..adapter.storage import rounded, to_storage
 from ..tuner.factors import FacTStack
 from ..tuner.head import FacTHead
-from .replacement import stacks_of
+from ..tuner.lifecycle import own_stacks
 
 SHARED = ("fact_U", "fact_V")
 
@@ -101,7 +101,7 @@ class StraightThrough:
         settled = replace(config, storage=storage, head_storage=head_storage)  # checks the two
         heads = [m for m in model.modules() if isinstance(m, FacTHead) and adapter_name in m.modules_to_save]
         self._storages: dict[Tensor, str | None] = {
-            **{factor: storage for s in stacks_of(model, adapter_name) for factor in s.factors(adapter_name).values()},
+            **{factor: storage for s in own_stacks(model, adapter_name) for factor in s.factors(adapter_name).values()},
             **{p: settled.storage_of_heads for head in heads for p in head.modules_to_save[adapter_name].parameters()},
         }
         if any(hasattr(parameter, "ds_shape") or hasattr(parameter, "placements") for parameter in self._storages):

@@ -278,13 +278,16 @@ def warn_if_alone(adapter_name: str, slices: Slices, stack: FacTStack, prefix: s
 
     `slices` are those of the layer that has just been added to the state dict, whose keys begin with `prefix`.
     """
+    if stack.announced:
+        return
     all_slices = stack.configs[adapter_name].slices
+    if slices != next(reversed(cast("dict[str, Slices]", all_slices).values())):
+        return
     names = [name.split(".") for name in all_slices]
     # From the innermost module with all layers to the last layer; the key of a layer in a smaller part is shorter.
     in_common = (depth for depth, parts in enumerate(zip(*names, strict=False)) if len(set(parts)) > 1)
     shortest = len(names[-1]) - next(in_common, len(names[-1]) - 1)
-    is_last = slices == list(all_slices.values())[-1]
-    if is_last and not stack.announced and prefix.count(".") >= shortest:
+    if prefix.count(".") >= shortest:
         warnings.warn(
             f"This state dict of a part of an adapted model lacks the factors of adapter {adapter_name!r}, which "
             "belong to the whole model. Save the whole model, or call merge_and_unload() before you save the part.",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapter.adapter import is_copied_bias
@@ -15,7 +14,7 @@ from ..adapter.config import FacTConfig
 from ..adapter.names import FACTORS, PREFIX, factor_key, for_terminal, inner_model
 from ..adapter.storage import from_storage, is_finite, to_storage
 from ..adapter.validation import factor_shapes
-from ..architecture.linears import close_attentions, replace_everywhere
+from ..architecture.linears import close_attentions, replace_everywhere, unwrapped
 from ..upstream import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, activate_heads, unset_loaded
 from .factors import FacTLayer, FacTStack, SharedFactors, remove_factors
 from .head import FacTHead
@@ -24,14 +23,15 @@ from .layer import FacTLinear
 
 def own_factors(model: nn.Module) -> SharedFactors:
     """The factors registered on `model` itself, not those of adapted models inside it; empty if there are none."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = unwrapped(model)
     factors = getattr(base, FACTORS, None)  # may be an attribute of the model that FacT did not make
     return factors if isinstance(factors, SharedFactors) else SharedFactors()
 
 
-def own_stacks(model: nn.Module) -> list[FacTStack]:
-    """The stacks in `own_factors`."""
-    return list(own_factors(model).values())  # type: ignore[arg-type]
+def own_stacks(model: nn.Module, adapter_name: str | None = None) -> list[FacTStack]:
+    """The stacks in `own_factors`, or those of them that have factors of one adapter."""
+    stacks = cast("list[FacTStack]", list(own_factors(model).values()))
+    return [stack for stack in stacks if adapter_name is None or adapter_name in stack.fact_U]
 
 
 def activate(model: nn.Module, adapter_names: list[str]) -> None:
@@ -108,7 +108,7 @@ def forget(model: nn.Module, adapter_name: str) -> None:
 
 def undo_injection(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> None:
     """Remove an adapter, its entry in PEFT's `configs`, and every wrapper that no other adapter needs."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = unwrapped(model)
     forget(base, adapter_name)
     configs.pop(adapter_name, None)
     replacements: dict[nn.Module, nn.Module] = {}
@@ -213,7 +213,7 @@ def checked_state_dict(
         elif not is_finite(remapped[name]):
             problems.append(f"{name}: holds NaN or infinity")
     if problems:
-        inner = inner_model(model.get_base_model() if isinstance(model, PeftModel) else model) if foreign else ""
+        inner = inner_model(unwrapped(model)) if foreign else ""
         raise ValueError(
             f"The saved numbers do not fit adapter {adapter_name!r} (rank={config.rank}, "
             f"decomposition={config.decomposition!r}):\n  " + "\n  ".join(problems) + "\n"
