@@ -15,7 +15,7 @@ from fact_peft import Adapter, FacTConfig, quantize_adapter
 from fact_peft.adapter.storage import bits_of, pack, rounded, unpack
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
-from fact_peft.operations.replacement import stacks_of
+from fact_peft.tuner.lifecycle import own_stacks
 
 AS_TRAINED, ORTHOGONALIZED = "as trained", "orthogonalized"
 
@@ -29,7 +29,7 @@ def store_fact(model: PeftModel, storage: str, head_storage: str, form: str) -> 
     """
     config = model.peft_config["default"]
     decomposition, bits = DECOMPOSITIONS[config.decomposition], bits_of(storage)
-    stacks = [stack.factors("default") for stack in stacks_of(model, "default")]
+    stacks = [stack.factors("default") for stack in own_stacks(model, "default")]
     exact = [{letter: factor.detach().double() for letter, factor in factors.items()} for factors in stacks]
     if bits:
         for factors, before in zip(stacks, exact, strict=True):
