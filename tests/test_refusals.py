@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import ViTForImageClassification
 
-from fact_peft import FacTConfig, FacTLinear, hotswap_adapter
+from fact_peft import Adapter, FacTConfig, FacTLinear, hotswap_adapter
 
 CONFIG = {"rank": 2, "init_weights": False}
 
@@ -201,6 +202,51 @@ def test_a_model_around_an_adapted_one_saves_what_it_loads(tmp_path):
     pixels = torch.randn(2, 3, 16, 16)
     loaded = PeftModel.from_pretrained(build(), tmp_path / "outer", "outer").eval()
     assert torch.equal(loaded(pixels), outer(pixels))
+
+
+NESTED = pytest.mark.filterwarnings(  # what PEFT warns of when a model in a model is adapted
+    "ignore:.*second time", "ignore:Already found a `peft_config`", "ignore:Found missing adapter keys"
+)
+CONFIGS = {
+    "FacT": partial(FacTConfig, **CONFIG),
+    "LoRA": partial(LoraConfig, r=2, init_lora_weights=False),
+}
+
+
+def around_an_adapted_model(method: str, name: str = "default") -> nn.Module:
+    torch.manual_seed(0)
+    config = CONFIGS[method](target_modules=r".*_proj", modules_to_save=["classifier"])
+    return Wrapper(get_peft_model(make_backbone("vit"), config, name)).eval()
+
+
+@pytest.mark.parametrize("inner", CONFIGS)
+@pytest.mark.parametrize("outer", CONFIGS)
+@NESTED
+def test_an_adapter_around_one_of_its_name_is_saved_with_the_head_inside(inner, outer, tmp_path):
+    config = CONFIGS[outer](target_modules=r"blocks\.\d\.fc.")
+    model = get_peft_model(around_an_adapted_model(inner), config).eval()
+    model.get_submodule("base_model.model.tower.base_model.model.classifier").modules_to_save["default"].bias.data += 1
+    model.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 16, 16)
+    loaded = PeftModel.from_pretrained(around_an_adapted_model(inner), tmp_path).eval()
+    assert torch.equal(loaded(pixels), model(pixels))
+
+
+@NESTED
+def test_the_head_inside_a_model_is_loaded_only_where_an_adapter_has_its_name(tmp_path):
+    config = partial(FacTConfig, **CONFIG, target_modules=r"blocks\.\d\.fc.")
+    named_alike = get_peft_model(around_an_adapted_model("FacT"), config())
+    named_alike.save_pretrained(tmp_path / "with")
+    loaded = PeftModel.from_pretrained(around_an_adapted_model("FacT", "inner"), tmp_path / "with")
+    expected, found = Adapter.of(named_alike), Adapter.of(loaded)
+    assert all(torch.equal(found.factors["5x5"][letter], expected.factors["5x5"][letter]) for letter in "UV")
+    assert len(expected.others) == 2 and not found.others
+    loaded.save_pretrained(tmp_path / "without")
+    model = around_an_adapted_model("FacT")
+    before = state(model)
+    with pytest.raises(ValueError, match="also the name of an adapter inside the model"):
+        PeftModel.from_pretrained(model, tmp_path / "without")
+    assert state(model) == before
 
 
 def test_one_layer_at_two_places_is_refused():

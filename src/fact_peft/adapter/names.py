@@ -32,6 +32,14 @@ def factor_key(stack: str, letter: str) -> str:
     return f"{FACTORS}.{stack}.fact_{letter}"
 
 
+def is_of_inner_adapter(name: str) -> bool:
+    """Whether a name without `PREFIX` is of a part that is itself a `PeftModel`.
+
+    PEFT also saves the trained heads of such a part if its adapter has the same name as the adapter that is saved.
+    """
+    return f".{PREFIX}" in name
+
+
 @dataclass(frozen=True)
 class Renaming:
     """From the names that an adapter was saved with to those of a model.

@@ -20,7 +20,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import stack_sizes
 from .files import STAGING, read_metadata, read_tensors, weights_files
-from .names import PREFIX, factor_key, for_terminal
+from .names import PREFIX, factor_key, for_terminal, is_of_inner_adapter
 from .storage import bits_of, from_storage, has_nan, is_finite, is_packed, read_preamble
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def sort_tensors(
     Raises:
         ValueError: If the config has no layout; if a factor is missing, of another shape, not of floats or not finite;
             if a tensor holds NaN, is packed in other bits than the config says, or belongs neither to the factors, nor
-            to `modules_to_save`, nor to the biases.
+            to `modules_to_save`, nor to the biases, nor to an adapter inside the model.
     """
     if config.layout is None:
         raise ValueError(
@@ -80,7 +80,7 @@ def sort_tensors(
                 broken.append(key)
             elif tuple(tensor.shape) != shape:
                 misfits.append(f"{key} is {tuple(tensor.shape)} in the file, {shape} by the config")
-        elif is_trained(config, name):
+        elif is_trained(config, name) or is_of_inner_adapter(name):
             others[name] = tensor
             misfits += packing_misfits(key, saved, config.storage_of_heads)
             if has_nan(tensor):  # a causal mask among the buffers holds infinity

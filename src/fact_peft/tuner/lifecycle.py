@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import is_copied_bias
 from ..adapter.config import FacTConfig
-from ..adapter.names import FACTORS, PREFIX, factor_key, for_terminal, inner_model
+from ..adapter.names import FACTORS, PREFIX, factor_key, for_terminal, inner_model, is_of_inner_adapter
 from ..adapter.storage import from_storage, is_finite, to_storage
 from ..adapter.validation import factor_shapes
 from ..architecture.linears import close_attentions, replace_everywhere, unwrapped
@@ -237,7 +237,8 @@ def split_off_foreign(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of the adapter, and the names of those that belong to something else; see `checked_state_dict`.
 
-    With ``bias="all"`` PEFT saves the biases of a wrapped head twice. The second copies are in neither.
+    With ``bias="all"`` PEFT saves the biases of a wrapped head twice. The second copies are in neither, and neither are
+    heads of an inner adapter that the model does not have; see `is_of_inner_adapter`.
     """
     own = factor_keys(config) | {name.removeprefix(PREFIX) for name in biases if not is_copied_bias(name)}
     for name, module in model.named_modules():
@@ -245,5 +246,5 @@ def split_off_foreign(
             wrapper = name.removeprefix("_fsdp_wrapped_module.").removeprefix(PREFIX)  # as PEFT does
             own.update(f"{wrapper}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
     belonging = {name: tensor for name, tensor in tensors.items() if name.removeprefix(PREFIX) in own}
-    others = tensors.keys() - belonging.keys()
+    others = [name for name in tensors.keys() - belonging.keys() if not is_of_inner_adapter(name.removeprefix(PREFIX))]
     return belonging, sorted(name for name in others if not (config.bias == "all" and is_copied_bias(name)))

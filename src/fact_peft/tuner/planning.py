@@ -52,6 +52,7 @@ def resolve(asked: FacTConfig, model: nn.Module, adapter_name: str = "default") 
     settle_targets(config, model, linears, modules)
     targets, parts = settle_layout(config, model, linears, modules)
     refusals.check_complete(config, named(config.modules_to_save, modules))
+    refusals.check_inner_heads(config, model, adapter_name)
     config.saved_others = None  # the adapters that are made of this config, such as weighted sums, have no file
     if parts:
         check_order(model, parts)

@@ -12,11 +12,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..adapter.config import FacTConfig
-from ..adapter.names import FACTORS, inner_model, names_in_others, parts_with
+from ..adapter.names import FACTORS, inner_model, is_of_inner_adapter, names_in_others, parts_with
 from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.heads import find_classifiers
 from ..architecture.linears import base_of, is_fused, part_names, walk
 from ..method.tensorization import PARTS, block_of, describe_layout, read_layout
+from ..upstream import AuxiliaryTrainingWrapper
 from .factors import FacTLayer, SharedFactors
 from .layer import FacTLinear, find_quantization
 from .lifecycle import own_stacks
@@ -102,6 +103,21 @@ def check_complete(config: FacTConfig, heads: Mapping[str, nn.Module]) -> None:
             "was saved without its head. Save it again where it was trained, or keep the head of the model with "
             "Adapter.read(folder).replace(modules_to_save=[]).attach(model)."
         )
+
+
+def check_inner_heads(config: FacTConfig, model: nn.Module, adapter_name: str) -> None:
+    """Refuse a saved adapter without the head of an inner adapter of its name, which PEFT loads from the same file."""
+    if config.saved_others is None:
+        return
+    saved = config.renaming.tensors(dict.fromkeys(config.saved_others)).keys()
+    for name, head in model.named_modules():
+        if isinstance(head, AuxiliaryTrainingWrapper) and is_of_inner_adapter(name):
+            missing = [key for key in head.adapter_state_dict_load_map(adapter_name) if f"{name}.{key}" not in saved]
+            if missing:
+                raise ValueError(
+                    f"adapter_name={adapter_name!r} is also the name of an adapter inside the model, and the file has "
+                    f"no numbers for the head {name} of that adapter; choose another name."
+                )
 
 
 def check_parts(config: FacTConfig, model: nn.Module, linears: Iterable[str]) -> None:
