@@ -249,6 +249,16 @@ def test_the_head_inside_a_model_is_loaded_only_where_an_adapter_has_its_name(tm
     assert state(model) == before
 
 
+@NESTED
+@pytest.mark.parametrize("inner", CONFIGS)
+def test_a_name_of_an_adapter_that_is_injected_inside_is_refused(inner):
+    tower = make_backbone("vit")
+    tower.add_adapter(CONFIGS[inner](target_modules=r".*_proj", modules_to_save=["classifier"]), "default")
+    outer = FacTConfig(**CONFIG, target_modules=r"blocks\.\d\.fc.")
+    assert_refused(Wrapper(tower), outer, "would save its head tower.classifier in the same file")
+    get_peft_model(Wrapper(tower), outer, "outer")
+
+
 def test_one_layer_at_two_places_is_refused():
     model = blocks()
     model["blocks"][1].fc2 = model["blocks"][0].fc2

@@ -13,14 +13,15 @@ from torch.distributed.tensor import DTensor
 
 from ..adapter.config import FacTConfig
 from ..adapter.names import FACTORS, inner_model, is_of_inner_adapter, names_in_others, parts_with
+from ..adapter.validation import is_trained
 from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.heads import find_classifiers
 from ..architecture.linears import base_of, is_fused, part_names, walk
 from ..method.tensorization import PARTS, block_of, describe_layout, read_layout
-from ..upstream import AuxiliaryTrainingWrapper
+from ..upstream import ModulesToSaveWrapper
 from .factors import FacTLayer, SharedFactors
 from .layer import FacTLinear, find_quantization
-from .lifecycle import own_stacks
+from .lifecycle import own_factors, own_stacks
 
 # Attributes of the containers in which factors and heads are kept by adapter name; no adapter can have such a name.
 RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
@@ -106,18 +107,23 @@ def check_complete(config: FacTConfig, heads: Mapping[str, nn.Module]) -> None:
 
 
 def check_inner_heads(config: FacTConfig, model: nn.Module, adapter_name: str) -> None:
-    """Refuse a saved adapter without the head of an inner adapter of its name, which PEFT loads from the same file."""
-    if config.saved_others is None:
-        return
-    saved = config.renaming.tensors(dict.fromkeys(config.saved_others)).keys()
+    """Refuse an adapter whose file would have, or lacks, heads of another adapter of its name inside the model.
+
+    PEFT saves and loads the heads of a model by the name of the adapter. A file that has heads of others is refused
+    when it is read, unless their names show that they are of a `PeftModel` inside the model.
+    """
+    configs, saved = own_factors(model).configs, config.saved_others
     for name, head in model.named_modules():
-        if isinstance(head, AuxiliaryTrainingWrapper) and is_of_inner_adapter(name):
-            missing = [key for key in head.adapter_state_dict_load_map(adapter_name) if f"{name}.{key}" not in saved]
-            if missing:
-                raise ValueError(
-                    f"adapter_name={adapter_name!r} is also the name of an adapter inside the model, and the file has "
-                    f"no numbers for the head {name} of that adapter; choose another name."
-                )
+        if not isinstance(head, ModulesToSaveWrapper) or getattr(head, "configs", None) is configs:
+            continue
+        keys = {f"{name}.{key}" for key in head.adapter_state_dict_load_map(adapter_name)}
+        would_have = {key for key in keys if not is_of_inner_adapter(key) and not is_trained(config, key)}
+        lacks = keys - would_have - config.renaming.tensors(dict.fromkeys(saved)).keys() if saved is not None else set()
+        if would_have or lacks:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is also the name of an adapter inside the model, and PEFT "
+                f"{'would save' if would_have else 'expects'} its head {name} in the same file; choose another name."
+            )
 
 
 def check_parts(config: FacTConfig, model: nn.Module, linears: Iterable[str]) -> None:
