@@ -18,6 +18,7 @@ from peft import (
 from torch import nn
 
 from benchmarks.frontier.bottlenecks import Bottlenecks
+from benchmarks.frontier.data_starts import Start, eva, from_gradients, lora_ga
 from benchmarks.frontier.prompts import DeepPrompts
 from benchmarks.frontier.tasks import Labelled
 from fact_peft import FacTConfig
@@ -38,7 +39,7 @@ class Method:
         multipliers: Learning rates relative to the one searched, by a part of the parameter's name.
         own_head_rate: Whether the head has the fixed learning rate of all heads, else the one searched.
         first_rate: The first learning rate tried.
-        from_gradients: Whether U and V of FacT start from the gradients of 8 batches of the training images.
+        start: What looks at training images before training, after `adapt`.
     """
 
     family: str
@@ -46,7 +47,7 @@ class Method:
     multipliers: Mapping[str, float] = field(default_factory=dict)
     own_head_rate: bool = True
     first_rate: float = FIRST_RATE
-    from_gradients: bool = False
+    start: Start | None = None
 
 
 def by_module(model: nn.Module, train: Labelled, trains: Callable[[nn.Module, str], bool]) -> nn.Module:
@@ -110,11 +111,16 @@ def orthogonal(decomposition: str, rank: int, scale: float | None = None, **sett
 def gradients(decomposition: str, rank: int) -> Method:
     """As `orthogonal`, with U and V from the gradients of the task."""
     family = f"FacT-{decomposition.upper()}, gradients"
-    return replace(orthogonal(decomposition, rank), family=family, from_gradients=True)
+    return replace(orthogonal(decomposition, rank), family=family, start=from_gradients)
 
 
 def other(family: str, config_cls: type[PeftConfig], **settings: Any) -> Method:
     return Method(family, partial(by_peft, config_cls=config_cls, **settings))
+
+
+def by_start(family: str, start: Callable[..., nn.Module], rank: int) -> Method:
+    """LoRA of a rank, which the start makes itself."""
+    return Method(family, lambda model, train: model, start=partial(start, rank=rank))
 
 
 FULL = partial(by_module, trains=lambda module, name: True)
@@ -127,6 +133,8 @@ METHODS: dict[str, Method] = {
     "VPT-deep p=10": Method("VPT-deep", partial(by_wrapper, wrapper=DeepPrompts, num_prompts=10)),
     "AdaptFormer h=8": Method("AdaptFormer", partial(by_wrapper, wrapper=Bottlenecks, width=8)),
     **{f"LoRA r={rank}": other("LoRA", LoraConfig, r=rank, lora_alpha=rank) for rank in (1, 8)},  # scale 1, as FacT's
+    **{f"LoRA r={rank}, EVA": by_start("LoRA, EVA", eva, rank) for rank in (1, 8)},
+    **{f"LoRA r={rank}, LoRA-GA": by_start("LoRA-GA", lora_ga, rank) for rank in (1, 8)},
     "DoRA r=8": other("DoRA", LoraConfig, r=8, lora_alpha=8, use_dora=True),
     "VeRA r=256": other("VeRA", VeraConfig, r=256),
     "LoKr r=8": other("LoKr", LoKrConfig, r=8),

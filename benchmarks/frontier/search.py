@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
@@ -21,7 +21,6 @@ from benchmarks.frontier.backbones import DEVICE, Backbone
 from benchmarks.frontier.methods import FIRST_RATE, Method
 from benchmarks.frontier.tasks import Labelled, Task
 from benchmarks.reporting.results import Results
-from fact_peft import initialize_from_gradients
 from fact_peft.architecture.heads import find_classifiers
 
 STEP = 4.0  # of the search
@@ -90,22 +89,14 @@ def adapted(backbone: Backbone, task: Task, method: Method, seed: int) -> tuple[
     model = backbone.build(task.num_labels)
     heads = find_classifiers(model)
     model = method.adapt(model, task.train).to(DEVICE)
-    if method.from_gradients:
-        start_from_gradients(backbone, model, task.train, seed)
+    if method.start is not None:
+        model = method.start(model, random_batches(task.train), backbone.logits)
     return model, heads
 
 
-def start_from_gradients(backbone: Backbone, model: nn.Module, train: Labelled, seed: int) -> None:
-    """Start U and V with random batches of the training images."""
-
-    def loss(model: nn.Module, batch: Labelled) -> Tensor:
-        return nn.functional.cross_entropy(backbone.logits(model, batch.images), batch.labels.to(DEVICE))
-
-    def batches() -> Iterator[Labelled]:
-        for index in torch.randperm(len(train.labels)).split(Protocol().batch_size):
-            yield train[index]
-
-    initialize_from_gradients(model, batches(), loss=loss, seed=seed, show_progress_bar=False)
+def random_batches(images: Labelled) -> Iterator[Labelled]:
+    for index in torch.randperm(len(images.labels)).split(Protocol().batch_size):
+        yield images[index]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
