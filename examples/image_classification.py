@@ -84,7 +84,7 @@ class Arguments:
     corrupt_images: str = flag("stop", "What to do if some images cannot be read.", "stop", "skip")
     paper: bool = flag(False, f"Other defaults, the paper's recipe: {PAPER}.")
     rank: int = flag(16, "Rank of FacT.")
-    decomposition: str = flag("tt", "Tensor train or Tucker.", "tt", "tk")
+    decomposition: str = flag("tt", "Tensor train, Tucker or canonical polyadic.", "tt", "tk", "cp")
     init: str = flag(
         "orthogonal", "U and V orthonormal, or from gradients, or as in the paper.", "orthogonal", "gradients", "paper"
     )
@@ -161,7 +161,7 @@ def check_arguments(args: Arguments, training: Recipe) -> None:
 
 
 def rate_of_width(model: str) -> float:
-    """0.8 / width, the learning rate for the default scale of 32 / rank."""
+    """0.8 / width, the learning rate for the default scale."""
     config = AutoConfig.from_pretrained(model)
     width = getattr(getattr(config, "vision_config", config), "hidden_size", None)
     if width is None:

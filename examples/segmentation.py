@@ -68,7 +68,7 @@ class Arguments:
         default_factory=lambda: list(METHODS), metadata={"help": "What to train.", "choices": list(METHODS)}
     )
     rank: int = flag(8, "Rank of FacT.")
-    scale: float | None = flag(None, "Scale of FacT. Default: 32 / rank.")
+    scale: float | None = flag(None, "Scale of FacT. Default: that of FacTConfig.")
     learning_rate: float | None = flag(None, "Of the factors of FacT. Default: 0.32 / width of the image encoder.")
     decoder_learning_rate: float = flag(1e-3, "Of the mask decoder.")
     epochs: int = flag(30, "Epochs of adaptation.")

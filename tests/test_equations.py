@@ -140,7 +140,7 @@ def test_authors_initialisation():
 @pytest.mark.parametrize(
     ("settings", "scale"),
     [({}, 2.0), ({"rank": 8}, 4.0), ({"rank": 8, "scale": 0.1}, 0.1), ({"init_weights": True}, 1.0),
-     ({"init_weights": False}, 1.0)],
+     ({"init_weights": False}, 1.0), ({"decomposition": "tk"}, 8.0), ({"decomposition": "cp", "rank": 64}, 4.0)],
 )  # fmt: skip
 def test_the_default_scale_follows_from_start_and_rank(settings, scale, tmp_path):
     config = FacTConfig(**settings)
@@ -166,6 +166,21 @@ def test_the_default_scale_follows_the_rank_of_a_copy_until_it_is_set(how):
     config = FacTConfig()
     config.scale = 5.0
     assert with_rank(config, 4).scale == 5.0
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_first_step_of_adam_moves_increments_equally_far(decomposition, rank):
+    torch.manual_seed(0)
+    form, scale = DECOMPOSITIONS[decomposition], FacTConfig(rank=rank, decomposition=decomposition).scaling
+    factors = {name: torch.empty(shape, dtype=torch.float64) for name, shape in form.shapes(32, 32, 200, rank).items()}
+    form.init(factors, "orthogonal")
+    signs = torch.randint(0, 2, factors[form.core_factors[-1]].shape) * 2.0 - 1
+    factors[form.core_factors[-1]] += 1e-3 * signs  # as AdamW does at a rate of 1e-3, whatever the gradient
+    U, cores, V = form.terms(factors)
+    norms = (scale * U @ cores @ V.T).flatten(1).norm(dim=1)
+    # U and V are orthonormal in float32. C of Tucker is random; its cores have norms of about 1, nearly orthogonal.
+    torch.testing.assert_close(norms.mean().item(), 32e-3, rtol=0.1 if decomposition == "tk" else 1e-6, atol=0)
 
 
 def test_the_default_start_is_the_orthogonal_one():

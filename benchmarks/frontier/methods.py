@@ -146,6 +146,9 @@ METHODS: dict[str, Method] = {
     **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 32)},
     **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (1, 4, 8, 16, 32)},
     **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 16, 32)},
+    # These have the default scale, 32 / sqrt(r). The rows of Tucker above have 32 / r, the default when they were run.
+    **{f"FacT-CP r={rank}, orthogonal": orthogonal("cp", rank, 32 / rank**0.5) for rank in (16, 32, 64)},
+    **{f"FacT-TK r={rank}, default scale": orthogonal("tk", rank, 32 / rank**0.5) for rank in (8, 16, 32)},
     **{f"FacT-TT r={rank}, gradients": gradients("tt", rank) for rank in (4, 16, 32)},
     **{f"FacT-TK r={rank}, gradients": gradients("tk", rank) for rank in (8, 16, 32)},
 }

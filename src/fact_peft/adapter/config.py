@@ -28,8 +28,9 @@ from .names import UNCHANGED
 from .storage import STORAGES, bits_of
 from .validation import check_saved_weights
 
-# The default scale times the rank. Cores, U and V then move equally far at one learning rate (benchmarks/frontier).
-ORTHOGONAL_SCALE = 32.0
+# Norm of the first change of dW from the orthogonal start, per unit of AdamW's learning rate (benchmarks/frontier). It
+# is the same for all ranks and decompositions, so that one learning rate fits them all.
+ORTHOGONAL_STEP = 32.0
 # Arguments of other PEFT methods, and what FacT has in their place.
 OTHER_NAMES = {
     "r": "the rank is called rank, as in FacTConfig(rank=8)",
@@ -67,9 +68,9 @@ class FacTConfig(PeftConfig):
         decomposition: ``"tt"``, tensor-train (eq. 8): one r x r core per slice. ``"tk"``, Tucker (eq. 10): every core
             is a mixture of r shared cores, which takes fewer parameters at equal rank. ``"cp"``, canonical polyadic
             (not in the paper): diagonal cores, which take the fewest.
-        scale: Factor s in front of the increment, not zero. It acts like a learning rate on the factors. None: 32 /
-            rank with the orthogonal start, else 1, also after `rank` or `init_weights` are changed. The paper searches
-            0.01, 0.1, 1, 10 and 100 per task, with ``init_weights=True``.
+        scale: Factor s in front of the increment, not zero. It acts like a learning rate on the factors. None: with the
+            orthogonal start 32 / rank for ``"tt"`` and 32 / sqrt(rank) for ``"tk"`` and ``"cp"``, else 1, also after
+            other fields are changed. The paper searches 0.01, 0.1, 1, 10 and 100 per task, with ``init_weights=True``.
         fact_dropout: Dropout probability in [0, 1) on the r-dimensional activation between core and V.
         target_modules: Linear layers to adapt, as in every PEFT method: name suffixes, one regex that matches whole
             names, or ``"all-linear"``. None: all linear layers inside the repeated transformer blocks, found by
@@ -105,7 +106,9 @@ class FacTConfig(PeftConfig):
     rank: int = option(16, "Rank r of the factors.")
     decomposition: str = option("tt", " or ".join(f"{key!r} ({form.title})" for key, form in DECOMPOSITIONS.items()))
     scale: float | None = option(
-        None, "Factor s in front of the increment. None: 32 / rank with the orthogonal start, else 1."
+        None,
+        "Factor s in front of the increment. None: 32 / rank (tt) or 32 / sqrt(rank) (tk, cp) with the orthogonal "
+        "start, else 1.",
     )
     fact_dropout: float = option(0.0, "Dropout probability on the activation between core and V.")
     target_modules: set[str] | list[str] | str | None = option(
@@ -221,7 +224,9 @@ class FacTConfig(PeftConfig):
         """`scale` as a plain float."""
         if self._scale is not None:
             return float(self._scale)
-        return ORTHOGONAL_SCALE / self.rank if self.init_weights == "orthogonal" else 1.0
+        if self.init_weights != "orthogonal":
+            return 1.0
+        return ORTHOGONAL_STEP / DECOMPOSITIONS[self.decomposition].step_norm(self.rank)
 
     @property
     def storage_of_heads(self) -> str | None:

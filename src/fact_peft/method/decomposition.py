@@ -132,6 +132,13 @@ class Decomposition(ABC):
         """Shapes of the `core_factors`, by name."""
 
     @abstractmethod
+    def step_norm(self, rank: int) -> float:
+        """Frobenius norm of the change of a core, if every number of the last core factor changes by 1.
+
+        From the orthogonal start this is the norm of the first change of dW_k / s per unit of AdamW's learning rate.
+        """
+
+    @abstractmethod
     def init_core(self, factors: Mapping[str, Tensor]) -> None:
         """Initialise the `core_factors` in place as the authors' code does."""
 
@@ -183,6 +190,9 @@ class TensorTrain(Decomposition):
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"Sigma": (num_slices, rank, rank)}
 
+    def step_norm(self, rank: int) -> float:
+        return float(rank)
+
     def init_core(self, factors: Mapping[str, Tensor]) -> None:
         init_as_linear(factors["Sigma"], fan_in=factors["Sigma"].shape[-1])
 
@@ -198,6 +208,9 @@ class Tucker(Decomposition):
 
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"C": (rank, rank, rank), "P": (num_slices, rank)}
+
+    def step_norm(self, rank: int) -> float:
+        return rank**0.5  # C[t] starts with a norm of about 1
 
     def init_core(self, factors: Mapping[str, Tensor]) -> None:
         nn.init.xavier_uniform_(factors["C"])
@@ -219,6 +232,9 @@ class CanonicalPolyadic(Decomposition):
 
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"W": (num_slices, rank)}
+
+    def step_norm(self, rank: int) -> float:
+        return rank**0.5
 
     def init_core(self, factors: Mapping[str, Tensor]) -> None:
         init_as_linear(factors["W"], fan_in=factors["W"].shape[-1])

@@ -23,8 +23,8 @@ def parameter_groups(
     """What an adapted model trains, for an optimizer: ``torch.optim.AdamW(parameter_groups(model, 4e-3))``.
 
     One step of U and V, which all slices share, moves every increment, and a step of a core moves one. So cores may
-    have a higher learning rate: from the authors' start four times that of U and V (benchmarks/frontier). The scale of
-    32 / rank of the orthogonal start has the same effect.
+    have a higher learning rate: from the authors' start four times that of U and V (benchmarks/frontier). The default
+    scale of the orthogonal start has the same effect.
 
     Args:
         model: An adapted model, or one in which FacT was injected; before or after it was wrapped for several GPUs by
