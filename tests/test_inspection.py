@@ -6,6 +6,7 @@ from backbones import make_backbone
 from peft import LoraConfig, get_peft_model
 
 from fact_peft import Adapter, FacTConfig, FacTLinear
+from fact_peft.operations.inspection import increment_map
 
 
 @pytest.fixture(params=[("vit", "tt"), ("vit", "tk"), ("swin", "tt"), ("timm", "tk")])
@@ -28,6 +29,13 @@ def test_norms_are_those_of_the_increments_of_the_live_model(adapted):
     }
     assert list(norms) == list(expected)
     assert norms == pytest.approx(expected, rel=1e-5)  # those of the live model are float32
+
+
+def test_the_map_of_increments_has_a_row_per_block():
+    norms = {f"encoder.layers.encoder_layer_{block}.mlp.{layer}": 1.0 * layer for block in (0, 1) for layer in (0, 3)}
+    blocks, matrices, grid = increment_map(norms)
+    assert blocks == ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"]
+    assert matrices == ["mlp.0", "mlp.3"] and grid.tolist() == [[0.0, 3.0], [0.0, 3.0]]
 
 
 def test_factors_and_the_rest_are_all_that_is_trained(adapted):

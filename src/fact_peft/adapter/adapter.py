@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,12 +23,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.heads import current_labels
-from ..architecture.linears import unwrapped
+from ..architecture.linears import uncompiled, unwrapped
 from ..method.decomposition import DECOMPOSITIONS, increment_norms
 from ..method.tensorization import Slices
 from .config import FacTConfig, fact_config
 from .files import find_folder, read_tensors, replacing_files, write_files
-from .names import PREFIX, factor_key, mark_local_folder
+from .names import PREFIX, by_key, mark_local_folder
 from .storage import exact_numbers, to_storage
 from .validation import check_pair, record, sort_tensors
 
@@ -70,7 +69,7 @@ class Adapter:
         Raises:
             ValueError: If it is an adapter of another method, or a file is damaged, renamed or missing.
         """
-        folder = find_folder(Path(folder_or_hub_id), [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME], revision, token)
+        folder = find_folder(os.fspath(folder_or_hub_id), [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME], revision, token)
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder} has no {CONFIG_NAME}; pass the folder that an adapter was saved in.")
         try:
@@ -108,9 +107,7 @@ class Adapter:
             ValueError: If they are not the tensors of such an adapter.
         """
         items = tensors.items() if isinstance(tensors, Mapping) else tensors
-        factors, others = sort_tensors(config, items, source)
-        frozen = {stack: MappingProxyType(group) for stack, group in factors.items()}
-        return cls(copy.copy(config), MappingProxyType(frozen), MappingProxyType(others))
+        return cls(copy.copy(config), *sort_tensors(config, items, source))
 
     @classmethod
     def of(cls, model: nn.Module, adapter_name: str = "default") -> Adapter:
@@ -123,9 +120,8 @@ class Adapter:
         Raises:
             ValueError: If `model` has no such FacT adapter, or it holds NaN or infinity.
         """
+        model = uncompiled(model)
         config = copy.copy(fact_config(model, adapter_name))
-        config.check_scale()
-        config.check_storage()
         config.labels = current_labels(config.labels, model)
         base = unwrapped(model)
         if config.task_type is None:
@@ -167,6 +163,7 @@ class Adapter:
         Raises:
             ValueError: If the adapter there has other layers, another rank or another head.
         """
+        model = uncompiled(model)
         tensors = fact_config(model, adapter_name).renaming.tensors(self.state_dict())
         if not isinstance(model, PeftModel):  # PEFT looks heads up by their names in the model
             tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
@@ -174,12 +171,7 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by their names in an adapter file, as floats."""
-        factors = {
-            f"{PREFIX}{factor_key(stack, letter)}": factor
-            for stack, group in self.factors.items()
-            for letter, factor in group.items()
-        }
-        return {**factors, **{f"{PREFIX}{name}": tensor for name, tensor in self.others.items()}}
+        return {f"{PREFIX}{name}": tensor for name, tensor in {**by_key(self.factors), **self.others}.items()}
 
     def stored(self) -> dict[str, Tensor]:
         """As `state_dict`, in the data types of `FacTConfig.storage` and `FacTConfig.head_storage`."""

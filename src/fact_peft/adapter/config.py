@@ -1,11 +1,10 @@
 """The configuration of a FacT adapter, and every check of it that needs no model."""
-# ruff: noqa: RUF009 (`option` makes a dataclass field)
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 from peft import PeftConfig
@@ -45,11 +44,6 @@ OTHER_NAMES = {
     "rank_pattern": "all layers share U and V and so have one rank; leave layers out with exclude_modules",
     "alpha_pattern": "all layers have one scale",
 }
-
-
-def option(default: Any, help: str) -> Any:
-    """A field with a default and the help text that command lines show."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -103,46 +97,23 @@ class FacTConfig(PeftConfig):
         ValueError: If a value has the wrong type or is out of its range.
     """
 
-    rank: int = option(16, "Rank r of the factors.")
-    decomposition: str = option("tt", " or ".join(f"{key!r} ({form.title})" for key, form in DECOMPOSITIONS.items()))
-    scale: float | None = option(
-        None,
-        "Factor s in front of the increment. None: 32 / rank (tt) or 32 / sqrt(rank) (tk, cp) with the orthogonal "
-        "start, else 1.",
-    )
-    fact_dropout: float = option(0.0, "Dropout probability on the activation between core and V.")
-    target_modules: set[str] | list[str] | str | None = option(
-        None,
-        "Linear layers to adapt: name suffixes, a regex, or 'all-linear'. "
-        "None: all linear layers inside the repeated transformer blocks.",
-    )
-    exclude_modules: set[str] | list[str] | str | None = option(None, "Layers not to adapt: name suffixes or a regex.")
-    layers_to_transform: list[int] | int | None = option(None, "Indices of the blocks to adapt. None: all.")
-    layers_pattern: list[str] | str | None = option(
-        None, "Name of the block container that layers_to_transform counts in."
-    )
-    share: Literal["model", "block"] = option(
-        "model", "Who shares U and V: all layers ('model') or those of each block ('block')."
-    )
-    modules_to_save: list[str] | None = option(
-        None, "Modules trained in full and saved. None: the classifier, if there is one. []: none."
-    )
-    bias: Literal["none", "all", "fact_only"] = option("none", "Biases to train: 'none', 'all' or 'fact_only'.")
-    fan_in_fan_out: bool = option(False, "True if the adapted layers store their weight as (in, out).")
-    init_weights: bool | Literal["orthogonal"] = option(
-        "orthogonal",
-        "'orthogonal': orthonormal U and V, zero cores. True: the authors' start, V = 0. False: every factor random.",
-    )
-    labels: list[str] | None = option(
-        None, "Class names in the order of the logits. None: those of the model's config."
-    )
-    storage: str | None = option(
-        None, f"Data type of the factors on disk: {', '.join(STORAGES)}. None: that of the model."
-    )
-    head_storage: str | None = option(
-        None, "Data type of modules_to_save on disk. None: as storage, but at least int8."
-    )
-    layout: list[str] | None = option(None, "Which layer owns which slices; settled when the adapter is created.")
+    rank: int = 16
+    decomposition: str = "tt"
+    scale: float | None = None
+    fact_dropout: float = 0.0
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    share: Literal["model", "block"] = "model"
+    modules_to_save: list[str] | None = None
+    bias: Literal["none", "all", "fact_only"] = "none"
+    fan_in_fan_out: bool = False
+    init_weights: bool | Literal["orthogonal"] = "orthogonal"
+    labels: list[str] | None = None
+    storage: str | None = None
+    head_storage: str | None = None
+    layout: list[str] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FacTConfig:
         """Explain what takes the place of arguments of other methods; a dataclass would only call them unexpected."""
@@ -174,7 +145,7 @@ class FacTConfig(PeftConfig):
                 f"init_weights={self.init_weights!r} is unknown; choose 'orthogonal' (zero cores), True (V = 0) or "
                 "False (every factor random)."
             )
-        self.check_scale()
+        self.check_changeable()
         check_number("fact_dropout", self.fact_dropout)
         if not 0 <= self.fact_dropout < 1:
             raise ValueError(
@@ -183,7 +154,6 @@ class FacTConfig(PeftConfig):
         if not isinstance(self.fan_in_fan_out, bool):
             raise ValueError(f"fan_in_fan_out={self.fan_in_fan_out!r} is not a bool; pass True or False.")
         check_strings("labels", self.labels, "pass one class name per logit")
-        self.check_storage()
         check_strings("layout", self.layout, "leave it None for a new adapter")
         if self.layout is not None:
             slices_of(tuple(self.layout), self.share)
@@ -243,12 +213,9 @@ class FacTConfig(PeftConfig):
         fields = {**super().to_dict(), "scale": self.scaling}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
-    def check_scale(self) -> None:
-        """Check `scale`, which may be changed at any time; raise ValueError if it is wrong."""
+    def check_changeable(self) -> None:
+        """Check what may be changed at any time, scale and storages; raise ValueError if one is wrong."""
         check_scale(self.scale)
-
-    def check_storage(self) -> None:
-        """Check `storage` and `head_storage`, which may be changed at any time; raise ValueError if one is wrong."""
         for name in ("storage", "head_storage"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), STORAGES)

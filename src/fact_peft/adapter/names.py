@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture.linears import find_linears
-from ..method.tensorization import split_stack
 
 PREFIX = "base_model.model."  # of every name in an adapter file
 # Name of the module that owns the factors. It does not contain PEFT's prefix "fact_", since PEFT skips modules with
@@ -30,6 +29,11 @@ Value = TypeVar("Value")
 def factor_key(stack: str, letter: str) -> str:
     """Name of a factor in the adapted model, without the adapter's name."""
     return f"{FACTORS}.{stack}.fact_{letter}"
+
+
+def by_key(groups: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
+    """What there is by stack and paper letter, by `factor_key`."""
+    return {factor_key(stack, letter): value for stack, group in groups.items() for letter, value in group.items()}
 
 
 def is_of_inner_adapter(name: str) -> bool:
@@ -83,7 +87,7 @@ class Renaming:
 
     def stack(self, saved: str) -> str:
         """The name in the model of a stack of factors, which contains the name of a block with ``share="block"``."""
-        shape, block = split_stack(saved)
+        shape, _, block = saved.partition("@")  # see `Slices.stack`; the block has dashes for dots
         dashed = Renaming(self.removed.replace(".", "-"), self.added.replace(".", "-"))
         return f"{shape}@{dashed.here(block)}" if block else saved
 
@@ -161,6 +165,13 @@ def mark_local_folder(name: str | None) -> str | None:
 def for_terminal(text: str) -> str:
     """`text` with line breaks, escape sequences and the like escaped as in a Python string."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_few(names: Iterable[str], count: int = 6, separator: str = ", ") -> str:
+    """The first few names, for an error message."""
+    names = list(names)
+    more = f"{separator}... ({len(names)} in all)" if len(names) > count else ""
+    return for_terminal(separator.join(names[:count])) + more or "none"
 
 
 def for_markdown(text: str) -> str:

@@ -20,7 +20,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import stack_sizes
 from .files import STAGING, read_metadata, read_tensors, weights_files
-from .names import PREFIX, factor_key, for_terminal, is_of_inner_adapter
+from .names import PREFIX, factor_key, first_few, is_of_inner_adapter
 from .storage import bits_of, from_storage, has_nan, is_finite, is_packed, read_preamble
 
 if TYPE_CHECKING:
@@ -90,20 +90,20 @@ def sort_tensors(
     misfits += [f"{PREFIX}{name} is missing in the file" for name in places]
     if broken:
         raise ValueError(
-            f"{source} holds NaN or infinity in {listed(broken)}: training probably diverged; "
+            f"{source} holds NaN or infinity in {first_few(broken)}: training probably diverged; "
             "go back to an earlier checkpoint, or train with a smaller learning rate or scale."
         )
     if foreign:
         raise ValueError(
-            f"{source} holds what is no part of the adapter: {listed(foreign)}. An adapter consists of the factors of "
-            f"its layout, its modules_to_save ({config.modules_to_save}) and its biases ({config.bias!r}); anything "
+            f"{source} holds what is no part of the adapter: {first_few(foreign)}. An adapter consists of the factors "
+            f"of its layout, its modules_to_save ({config.modules_to_save}) and its biases ({config.bias!r}); anything "
             "else would replace weights of the base model. Take the file from where it was saved; to train an "
             "embedding, name it in modules_to_save."
         )
     if misfits:
         raise ValueError(
             f"{source} does not fit its config (rank={config.rank}, decomposition={config.decomposition!r}): "
-            f"{listed(misfits, '; ')}. Take both files from where the adapter was saved."
+            f"{first_few(misfits, separator='; ')}. Take both files from where the adapter was saved."
         )
     return dict(factors), others
 
@@ -205,9 +205,3 @@ def rest_of_save(folder: Path, recorded: Mapping[str, str]) -> Path | None:
         if of_this_save and file_digest(staging / IMAGE_PROCESSOR_NAME) in ("", recorded.get(IMAGE_PROCESSOR_NAME)):
             return staging
     return None
-
-
-def listed(names: list[str], separator: str = ", ", count: int = 6) -> str:
-    """The first few names, quoted for a terminal."""
-    more = f"{separator}... ({len(names)} in all)" if len(names) > count else ""
-    return for_terminal(separator.join(names[:count])) + more

@@ -1,5 +1,6 @@
 """The classifier of a model, found by structure, and the class names in the order of its outputs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -74,15 +75,13 @@ def num_outputs(head: nn.Module) -> int | None:
     return outputs
 
 
-def fitting_labels(labels: list[str] | None, model: nn.Module, heads: list[str]) -> list[str] | None:
+def fitting_labels(labels: list[str] | None, model: nn.Module, heads: Mapping[str, nn.Module]) -> list[str] | None:
     """The labels of an adapter that trains `heads` of `model`: `labels`, or if None those in the model's config.
 
     Raises:
         ValueError: If no head has as many outputs as there are `labels`.
     """
-    # As PEFT matches modules_to_save.
-    counts = {name: num_outputs(module) for name, module in walk(model) if name.endswith(tuple(heads))}
-    outputs = {name: count for name, count in counts.items() if count is not None}
+    outputs = {name: count for name, head in heads.items() if (count := num_outputs(head)) is not None}
     if labels is None:
         names = named_labels(model)
         return names if names and len(names) in outputs.values() else None

@@ -47,6 +47,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside one that ``torch.compile`` has returned; any other model itself."""
+    compiled: nn.Module = getattr(model, "_orig_mod", model)
+    return compiled
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The module of the original model below what PEFT has wrapped around it, or the module itself."""
     if isinstance(module, AuxiliaryTrainingWrapper):

@@ -21,6 +21,7 @@ identity, the forward pass these two applied to the layer's input.
 Letters: d inputs of a slice, e outputs of a slice, a and b input and output blocks of a layer, r rank, N slices.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -131,16 +132,18 @@ class Decomposition(ABC):
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the `core_factors`, by name."""
 
-    @abstractmethod
     def step_norm(self, rank: int) -> float:
         """Frobenius norm of the change of a core, if every number of the last core factor changes by 1.
 
         From the orthogonal start this is the norm of the first change of dW_k / s per unit of AdamW's learning rate.
+        (In Tucker form the C[t] start with a norm of about 1.)
         """
+        return math.sqrt(math.prod(self.core_shapes(num_slices=1, rank=rank)[self.core_factors[-1]]))
 
-    @abstractmethod
     def init_core(self, factors: Mapping[str, Tensor]) -> None:
-        """Initialise the `core_factors` in place as the authors' code does."""
+        """Initialise the `core_factors` in place as the authors' code does, if not otherwise as in ``nn.Linear``."""
+        for name in self.core_factors:
+            init_as_linear(factors[name], fan_in=factors[name].shape[-1])
 
     @abstractmethod
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
@@ -190,12 +193,6 @@ class TensorTrain(Decomposition):
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"Sigma": (num_slices, rank, rank)}
 
-    def step_norm(self, rank: int) -> float:
-        return float(rank)
-
-    def init_core(self, factors: Mapping[str, Tensor]) -> None:
-        init_as_linear(factors["Sigma"], fan_in=factors["Sigma"].shape[-1])
-
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
         return factors["Sigma"].narrow(-3, first, count)
 
@@ -208,9 +205,6 @@ class Tucker(Decomposition):
 
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"C": (rank, rank, rank), "P": (num_slices, rank)}
-
-    def step_norm(self, rank: int) -> float:
-        return rank**0.5  # C[t] starts with a norm of about 1
 
     def init_core(self, factors: Mapping[str, Tensor]) -> None:
         nn.init.xavier_uniform_(factors["C"])
@@ -232,12 +226,6 @@ class CanonicalPolyadic(Decomposition):
 
     def core_shapes(self, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"W": (num_slices, rank)}
-
-    def step_norm(self, rank: int) -> float:
-        return rank**0.5
-
-    def init_core(self, factors: Mapping[str, Tensor]) -> None:
-        init_as_linear(factors["W"], fan_in=factors["W"].shape[-1])
 
     def cores(self, factors: Mapping[str, Tensor], first: int, count: int) -> Tensor:
         return torch.diag_embed(factors["W"].narrow(-2, first, count))

@@ -142,12 +142,6 @@ def slices_of(layout: tuple[str, ...], share: str = "model") -> Mapping[str, Sli
     return MappingProxyType(tensorize(*read_layout(layout), share))
 
 
-def split_stack(stack: str) -> tuple[str, str]:
-    """The slice shape and the block in a stack's name. The block has dashes for dots, and is empty without blocks."""
-    shape, _, block = stack.partition("@")
-    return shape, block
-
-
 def stack_sizes(slices: Iterable[Slices]) -> dict[str, int]:
     """Number of slices in each stack."""
     sizes: Counter[str] = Counter()

@@ -1,8 +1,7 @@
 """Initialize U and V from the gradients of a few batches of the task."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,14 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from ..adapter.config import fact_config
+from ..adapter.field_checks import is_integer
 from ..method.gradient_sketch import GradientSketch, random_orthonormal
-from ..method.tensorization import Slices
 from ..tuner.factors import FacTStack
 from ..tuner.layer import FacTLinear
-from ..tuner.lifecycle import is_merged, own_stacks
+from ..tuner.lifecycle import check_not_merged, own_stacks
 
 Loss = Callable[[nn.Module, Any], Tensor]
-PASSES = 2  # over the batches: with random directions, and with those found
 
 
 def initialize_from_gradients(
@@ -61,7 +59,7 @@ def initialize_from_gradients(
             FSDP, ZeRO-3 or tensor parallelism; if there is no batch; if the model returns no loss, or one without a
             gradient; or if a gradient is not finite. The adapter is then as it was.
     """
-    if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
+    if not is_integer(num_batches) or num_batches < 1:
         raise ValueError(f"num_batches={num_batches!r} is not a whole number of at least 1; pass one, such as 8.")
     check_whole(model)
     if isinstance(model, DistributedDataParallel):
@@ -69,26 +67,20 @@ def initialize_from_gradients(
     check_untrained(model, adapter_name)
     generator = torch.Generator().manual_seed(seed)
     sketches: dict[FacTStack, GradientSketch] = {}
-    layers: dict[FacTStack, list[Slices]] = defaultdict(list)
-    for layer in layers_of(model, adapter_name):
-        stack = layer.fact_stacks[adapter_name]
-        layers[stack].append(layer.fact_slices[adapter_name])
-        if stack not in sketches:
-            U, cores, V = stack.terms(adapter_name)
-            sketches[stack] = GradientSketch((len(cores), len(U), len(V)), U.shape[1], generator, like=U)
+    for stack in own_stacks(model, adapter_name):
+        U, cores, V = stack.terms(adapter_name)
+        sketches[stack] = GradientSketch((len(cores), len(U), len(V)), U.shape[1], generator, like=U)
     with undisturbed(model):
         torch.manual_seed(seed)
         batches = list(islice(dataloader, num_batches))
         check_some(batches, sketches)
-        with tqdm(total=PASSES * len(batches), desc="gradients", disable=not show_progress_bar) as progress:
-            for number in range(PASSES):
-                for sketch in sketches.values():
-                    if number:
-                        sketch.turn()
-                add_gradients(model, batches, loss or model_loss, sketches, adapter_name, progress)
-                for stack, sketch in sketches.items():
-                    if not number:
-                        sketch.scale_layers(layers[stack])
+        with tqdm(total=2 * len(batches), desc="gradients", disable=not show_progress_bar) as progress:
+            add_gradients(model, batches, loss or model_loss, sketches, adapter_name, progress)
+            for stack, sketch in sketches.items():
+                layers = [layer for layer in layers_of(model, adapter_name) if layer.fact_stacks[adapter_name] is stack]
+                sketch.scale_layers(layer.fact_slices[adapter_name] for layer in layers)
+                sketch.turn()  # from random directions to those found
+            add_gradients(model, batches, loss or model_loss, sketches, adapter_name, progress)
     write(sketches, adapter_name, generator)
 
 
@@ -113,9 +105,8 @@ def check_whole(model: nn.Module) -> None:
 def check_untrained(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter whose cores are not zero, or that is merged."""
     fact_config(model, adapter_name)
-    if is_merged(model, adapter_name):
-        raise ValueError(f"Adapter {adapter_name!r} is merged; call unmerge_adapter() before it is initialized.")
-    for stack in {layer.fact_stacks[adapter_name] for layer in layers_of(model, adapter_name)}:
+    check_not_merged(model, adapter_name, "initialized")
+    for stack in own_stacks(model, adapter_name):
         if stack.terms(adapter_name)[1].any():
             raise ValueError(
                 f"The cores of adapter_name={adapter_name!r} are not zero: it is trained already, or was started with "
@@ -232,10 +223,7 @@ def watched(
     def after(layer: FacTLinear, args: tuple[Any, ...], y: Tensor) -> None:
         if y.requires_grad:
             sketch = sketches[layer.fact_stacks[adapter_name]]
-            y.register_hook(partial(add, sketch, layer.fact_slices[adapter_name], args[0].detach()))
-
-    def add(sketch: GradientSketch, slices: Slices, x: Tensor, g: Tensor) -> None:
-        sketch.add(slices, x, g)
+            y.register_hook(partial(sketch.add, layer.fact_slices[adapter_name], args[0].detach()))
 
     def read(layer: FacTLinear, weight: Tensor) -> Tensor:
         weight = weight.detach().requires_grad_()
@@ -249,18 +237,13 @@ def watched(
         weight.register_hook(add_weight)
         return weight
 
-    layers = layers_of(model, adapter_name)
-    handles = [layer.register_forward_pre_hook(before) for layer in layers]
-    handles += [layer.register_forward_hook(after) for layer in layers]
-    for layer in layers:
-        layer.weight_hook = partial(read, layer)
-    try:
+    with ExitStack() as hooks:
+        for layer in layers_of(model, adapter_name):
+            hooks.enter_context(layer.register_forward_pre_hook(before))
+            hooks.enter_context(layer.register_forward_hook(after))
+            layer.weight_hook = partial(read, layer)
+            hooks.callback(delattr, layer, "weight_hook")
         yield reached
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer in layers:
-            del layer.weight_hook
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:

@@ -14,7 +14,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
 from ..adapter.names import PREFIX, for_terminal
 from ..method.decomposition import DECOMPOSITIONS
-from ..method.tensorization import split_at_block
+from ..method.tensorization import block_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,13 +101,13 @@ def increment_map(norms: dict[str, float]) -> tuple[list[str], list[str], Tensor
 
     A norm is NaN where a block lacks the matrix.
     """
-    located = {split_at_block(name): norm for name, norm in norms.items()}
-    blocks = list(dict.fromkeys((container, index) for container, index, _ in located))
-    matrices = list(dict.fromkeys(path for _, _, path in located))
+    located = {(block_of(name), name.removeprefix(f"{block_of(name)}.")): norm for name, norm in norms.items()}
+    blocks = list(dict.fromkeys(block for block, _ in located))
+    matrices = list(dict.fromkeys(matrix for _, matrix in located))
     grid = torch.full((len(blocks), len(matrices)), torch.nan, dtype=torch.float64)
-    for (container, index, path), norm in located.items():
-        grid[blocks.index((container, index)), matrices.index(path)] = norm
-    return [f"{container}.{index}" for container, index in blocks], matrices, grid
+    for (block, matrix), norm in located.items():
+        grid[blocks.index(block), matrices.index(matrix)] = norm
+    return blocks, matrices, grid
 
 
 def plot_increments(norms: dict[str, float], axes: Axes) -> None:
@@ -139,7 +139,7 @@ def draw_increments(norms: dict[str, float], file: str | Path) -> None:
     """Save the map of `plot_increments` in the format of the file's suffix, such as ``.png``."""
     from matplotlib.figure import Figure  # not every user of the package has it
 
-    num_blocks = len({split_at_block(name)[:2] for name in norms})
+    num_blocks = len({block_of(name) for name in norms})
     figure = Figure(figsize=(8, 2 + 0.3 * num_blocks), layout="constrained")
     plot_increments(norms, figure.subplots())
     figure.savefig(file, dpi=150)

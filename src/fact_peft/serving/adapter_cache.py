@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..adapter.field_checks import is_integer
 from .pooled_adapter import PooledAdapter
 
 
@@ -34,7 +35,7 @@ class AdapterCache:
         spill_folder: str | Path | None,
     ) -> None:
         for name, value, least in (("device_capacity", device_capacity, 1), ("host_capacity", host_capacity, 0)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            if value is not None and (not is_integer(value) or value < least):
                 raise ValueError(f"{name}={value!r} is not a whole number of at least {least}, nor None for no limit.")
         if host_capacity is not None and spill_folder is None:
             raise ValueError(f"host_capacity={host_capacity} needs a spill_folder, for adapters beyond it.")

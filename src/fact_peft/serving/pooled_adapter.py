@@ -45,11 +45,6 @@ class AdapterSpec:
         """Shapes of the head's tensors by name; empty if the adapter has no head."""
         return self.shapes.get("", {})
 
-    def join(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        """All tensors as one vector in host memory."""
-        flat = (tensors[group][name].detach().flatten() for group, names in self.shapes.items() for name in names)
-        return torch.cat([numbers.to("cpu", dtype) for numbers in flat])
-
     def split(self, vectors: Tensor) -> Tensors:
         """The tensors (n, ...) in the vectors (n, size) of n adapters, as views."""
         sizes = [math.prod(shape) for shapes in self.shapes.values() for shape in shapes.values()]
@@ -80,7 +75,7 @@ def to_vector(adapter: Adapter, dtype: torch.dtype) -> tuple[AdapterSpec, Tensor
         for name, tensor in sorted(named.items())
     )
     spec = make_spec(tuple(config.layout or ()), config.share, config.decomposition, config.rank, shapes)
-    return spec, spec.join(tensors, dtype)
+    return spec, torch.cat([tensors[group][name].detach().flatten().to("cpu", dtype) for group, name, _ in shapes])
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,7 +99,7 @@ class PooledModel:
             if type(head) is not nn.Linear:
                 raise ValueError(f"The head {name} of vit is a {type(head).__name__}; only linear heads are pooled.")
             self.heads[name] = head
-            self._replace(name, PooledHead(head, name))
+            self.module.set_submodule(name, PooledHead(head, name))
         if not self.heads:
             raise ValueError(f"vit is a {type(vit).__name__} without a classification head; the pool wants one.")
 
@@ -116,12 +116,8 @@ class PooledModel:
             owned = [slices[name] for slices in (self.slices, by_block) if name in slices]
             for its_slices in owned:
                 self.slices_of.setdefault(its_slices.stack, {})[name] = its_slices
-            self._replace(name, PooledLinear(vit.get_submodule(name), owned))
+            self.module.set_submodule(name, PooledLinear(vit.get_submodule(name), owned))
         self.num_slices = stack_sizes([*self.slices.values(), *by_block.values()])
-
-    def _replace(self, name: str, module: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        setattr(self.module.get_submodule(parent), child, module)
 
     @property
     def reference(self) -> Tensor:

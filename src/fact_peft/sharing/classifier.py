@@ -96,7 +96,7 @@ def load_image_classifier(
     Raises:
         ValueError: If this is not a FacT adapter, or no base model is known, or the base does not fit the adapter.
     """
-    folder = find_folder(Path(folder_or_hub_id), FILES, revision, token)
+    folder = find_folder(folder_or_hub_id, FILES, revision, token)
     adapter = Adapter.read(folder)
     base: Any = base_model
     if not isinstance(base_model, nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
-from ..adapter.names import factor_key
+from ..adapter.names import by_key
 from ..adapter.validation import factor_shapes
 from ..architecture.linears import part_names
 from ..method.decomposition import DECOMPOSITIONS
@@ -72,8 +72,7 @@ def weighted_sum(
             cores = decomposition.cores(summand, theirs.first, theirs.count)
             places = [ours for other, ours in zip(theirs.places, owned.places, strict=True) if other is not None]
             total["Sigma"][places, columns, columns] = weight * adapter.config.scaling * cores.to(total["Sigma"])
-    state = {factor_key(stack, letter): t for stack, group in factors.items() for letter, t in group.items()}
-    return Adapter.from_state_dict(config, {**state, **summed_heads(adapters, weights, heads)}, "The sum")
+    return Adapter.from_state_dict(config, {**by_key(factors), **summed_heads(adapters, weights, heads)}, "The sum")
 
 
 def sum_of_model(model: nn.Module, adapter_names: Sequence[str], weights: Sequence[float]) -> Adapter:
@@ -144,8 +143,7 @@ def summed_heads(
     """The original heads plus the weighted sum of what the adapters changed in them."""
     summed = {}
     for key in dict.fromkeys(key for adapter in adapters for key in adapter.others):
-        pairs = [(adapter.others.get(key), weight) for adapter, weight in zip(adapters, weights, strict=True)]
-        owners = [(tensor, weight) for tensor, weight in pairs if tensor is not None]
+        owners = [(a.others[key], weight) for a, weight in zip(adapters, weights, strict=True) if key in a.others]
         first, total = owners[0][0], sum(weight for _, weight in owners)
         if not first.is_floating_point():
             summed[key] = first

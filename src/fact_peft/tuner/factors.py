@@ -255,9 +255,6 @@ class FacTStack(nn.Module, FacTLayer):
     def unmerge(self) -> None:
         """Do nothing, as in `merge`."""
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Do nothing: the first `FacTLinear` of the stack moves the factors."""
-
     def extra_repr(self) -> str:
         return f"slices of {self.in_features}x{self.out_features}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,6 @@ class FacTHead(ModulesToSaveWrapper):
     def _get_name(self) -> str:
         return str(ModulesToSaveWrapper.__name__)  # as in PEFT's messages and in printed models
 
-    def to_float32(self, adapter_name: str) -> None:
-        """Cast the head of an adapter to float32, since optimizers cannot train it in half precision."""
-        if adapter_name in self.modules_to_save:
-            cast_in_place(self.modules_to_save[adapter_name], torch.float32)
-
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -70,7 +65,7 @@ class FacTHead(ModulesToSaveWrapper):
         ]
         if batch.shared is not None:
             return self._call(heads[0], *args, **kwargs)
-        output = per_image_heads(self._call, batch, heads, *args, **kwargs)
+        output = self._per_image(batch, heads, *args, **kwargs)
         return output if self.is_classifier else floats_to(output, dtype_of(self.original_module))
 
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +80,58 @@ class FacTHead(ModulesToSaveWrapper):
         args, kwargs = floats_to((args, kwargs), dtype)
         output = head(*args, **kwargs)
         return output if self.is_classifier else floats_to(output, dtype_of_model)
+
+    def _per_image(
+        self, batch: MixedBatch, heads: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | list[Tensor]:
+        """The output of every image's own head: one tensor, or a list if the sizes differ.
+
+        `heads` has one head for each adapter of the batch. In the input x (R, ...), every image has the same number of
+        rows.
+
+        Raises:
+            TypeError: If a head does not give one output per input, or takes more than one tensor.
+            ValueError: If the sizes differ and the model will compute a loss.
+        """
+        x = batch.poison(x)
+        if all(is_plain(head) for head in heads):
+            weight = of_images(joined([head.weight[None] for head in heads], 0, 0), batch.places)
+            biases = [head.weight.new_zeros(1, 0) if head.bias is None else head.bias[None] for head in heads]
+            has_bias = any(head.bias is not None for head in heads)
+            bias = of_images(joined(biases, weight.shape[1]), batch.places) if has_bias else None
+            y = batch.head(x.to(weight.dtype), weight, bias)
+            sizes = [heads[place].out_features for place in batch.places]
+            if len(set(sizes)) == 1:
+                return y
+            outputs = [image[..., :size] for image, size in zip(y.unflatten(0, (len(sizes), -1)), sizes, strict=True)]
+        else:
+            outputs = self._one_by_one(batch, heads, x, *args, **kwargs)
+            if len({output.shape for output in outputs}) == 1:
+                return torch.stack(outputs).flatten(0, 1)
+        if batch.has_labels:
+            raise ValueError(
+                "labels cannot be used with adapters of different numbers of classes in one batch: there is no one "
+                "loss. Call the model without labels and compute the loss of each of output.logits."
+            )
+        return [output.squeeze(0) for output in outputs]
+
+    def _one_by_one(
+        self, batch: MixedBatch, heads: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any
+    ) -> list[Tensor]:
+        """The output (rows per image, ...) of every image. Each head is called once, with all images that have it."""
+        images = x.unflatten(0, (batch.num_images, -1))
+        outputs: dict[int, Tensor] = {}
+        for head in dict.fromkeys(heads):
+            mine = [image for image, place in enumerate(batch.places) if heads[place] is head]
+            results = self._call(head, images[torch.tensor(mine, device=x.device)].flatten(0, 1), *args, **kwargs)
+            tensors = [value for value in (*args, *kwargs.values(), results) if isinstance(value, Tensor)]
+            if len(tensors) != 1 or tensors[0] is not results or len(results) != len(mine) * images.shape[1]:
+                raise TypeError(
+                    f"adapter_names cannot be used with the head {type(head).__name__}, which does not give one output "
+                    "per input; call the model with one adapter at a time."
+                )
+            outputs.update(zip(mine, results.unflatten(0, (len(mine), -1)), strict=True))
+        return [outputs[image] for image in range(batch.num_images)]
 
 
 def adopt_heads(model: nn.Module, configs: dict[str, FacTConfig], others: Container[nn.Module]) -> None:
@@ -116,60 +163,6 @@ def floats_to(values: Any, dtype: torch.dtype | None) -> Any:
     return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.dtype in CASTABLE else x, values)
 
 
-def per_image_heads(
-    call: Callable[..., Any], batch: MixedBatch, heads: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any
-) -> Tensor | list[Tensor]:
-    """The output of every image's own head: one tensor, or a list if the sizes differ.
-
-    `call` calls a head with its arguments, and `heads` has one head for each adapter of the batch. In the input x
-    (R, ...) of the heads, every image has the same number of rows.
-
-    Raises:
-        TypeError: If a head does not give one output per input, or takes more than one tensor.
-        ValueError: If the sizes differ and the model will compute a loss.
-    """
-    x = batch.poison(x)
-    if all(is_plain(head) for head in heads):
-        weight = of_images(joined([head.weight[None] for head in heads], 0, 0), batch.places)
-        biases = [head.weight.new_zeros(1, 0) if head.bias is None else head.bias[None] for head in heads]
-        has_bias = any(head.bias is not None for head in heads)
-        bias = of_images(joined(biases, weight.shape[1]), batch.places) if has_bias else None
-        y = batch.head(x.to(weight.dtype), weight, bias)
-        sizes = [heads[place].out_features for place in batch.places]
-        if len(set(sizes)) == 1:
-            return y
-        outputs = [image[..., :size] for image, size in zip(y.unflatten(0, (len(sizes), -1)), sizes, strict=True)]
-    else:
-        outputs = one_by_one(call, batch, heads, x, *args, **kwargs)
-        if len({output.shape for output in outputs}) == 1:
-            return torch.stack(outputs).flatten(0, 1)
-    if batch.has_labels:
-        raise ValueError(
-            "labels cannot be used with adapters of different numbers of classes in one batch: there is no one loss. "
-            "Call the model without labels and compute the loss of each of output.logits."
-        )
-    return [output.squeeze(0) for output in outputs]
-
-
 def is_plain(head: nn.Module) -> bool:
     """Whether a head is a linear layer that can be computed from its weight and bias alone."""
     return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
-
-
-def one_by_one(
-    call: Callable[..., Any], batch: MixedBatch, heads: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any
-) -> list[Tensor]:
-    """The output (rows per image, ...) of every image. Each head is called once, with all images that have it."""
-    images = x.unflatten(0, (batch.num_images, -1))
-    outputs: dict[int, Tensor] = {}
-    for head in dict.fromkeys(heads):
-        mine = [image for image, place in enumerate(batch.places) if heads[place] is head]
-        results = call(head, images[torch.tensor(mine, device=x.device)].flatten(0, 1), *args, **kwargs)
-        tensors = [value for value in (*args, *kwargs.values(), results) if isinstance(value, Tensor)]
-        if len(tensors) != 1 or tensors[0] is not results or len(results) != len(mine) * images.shape[1]:
-            raise TypeError(
-                f"adapter_names cannot be used with the head {type(head).__name__}, which does not give one output "
-                "per input; call the model with one adapter at a time."
-            )
-        outputs.update(zip(mine, results.unflatten(0, (len(mine), -1)), strict=True))
-    return [outputs[image] for image in range(batch.num_images)]

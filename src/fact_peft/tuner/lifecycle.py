@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import is_copied_bias
 from ..adapter.config import FacTConfig
-from ..adapter.names import FACTORS, PREFIX, factor_key, for_terminal, inner_model, is_of_inner_adapter
+from ..adapter.names import FACTORS, PREFIX, by_key, for_terminal, inner_model, is_of_inner_adapter
 from ..adapter.storage import from_storage, is_finite, to_storage
 from ..adapter.validation import factor_shapes
 from ..architecture.linears import close_attentions, replace_everywhere, unwrapped
@@ -151,17 +151,12 @@ def undo_awaiting(model: nn.Module, adapter_name: str) -> None:
             parameter.requires_grad_(True)
 
 
-def factor_keys(config: FacTConfig) -> set[str]:
-    """Names of the factors of an adapter, without the adapter's name."""
-    return {factor_key(stack, letter) for stack, shapes in factor_shapes(config).items() for letter in shapes}
-
-
 def stored_state_dict(config: FacTConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The factors and biases of an adapter as they are saved, out of tensors by their names in the model.
 
     The factors of adapted models inside the model are left out.
     """
-    own = {f"{key}.{adapter_name}" for key in factor_keys(config)}
+    own = {f"{key}.{adapter_name}" for key in by_key(factor_shapes(config))}
     return {
         name: to_storage(name, tensor, config.storage)
         for name, tensor in tensors.items()
@@ -192,7 +187,7 @@ def checked_state_dict(
     tensors, foreign = split_off_foreign(model, config, adapter_name, tensors, biases)
     problems = [f"{for_terminal(name)}: no part of the adapter" for name in foreign]
     remapped = remap(model, config, adapter_name, tensors)
-    own = {f"{key}.{adapter_name}" for key in factor_keys(config)}
+    own = {f"{key}.{adapter_name}" for key in by_key(factor_shapes(config))}
     left_out = []
     for name, parameter in model.named_parameters():
         is_factor = name.removeprefix("_fsdp_wrapped_module.").removeprefix(PREFIX) in own
@@ -240,7 +235,9 @@ def split_off_foreign(
     With ``bias="all"`` PEFT saves the biases of a wrapped head twice. The second copies are in neither, and neither are
     heads of an inner adapter that the model does not have; see `is_of_inner_adapter`.
     """
-    own = factor_keys(config) | {name.removeprefix(PREFIX) for name in biases if not is_copied_bias(name)}
+    own = by_key(factor_shapes(config)).keys() | {
+        name.removeprefix(PREFIX) for name in biases if not is_copied_bias(name)
+    }
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             wrapper = name.removeprefix("_fsdp_wrapped_module.").removeprefix(PREFIX)  # as PEFT does

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from . import lifecycle
 from .adapter_names import using_adapters
 from .combination import sum_of_model
 from .factors import FacTLayer, announce, ordinary_tensors, remove_factors
-from .head import FacTHead, adopt_heads
+from .head import FacTHead, adopt_heads, cast_in_place
 from .layer import FacTLinear
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
@@ -91,9 +91,8 @@ class FacTModel(BaseTuner):
             self._arguments = frozenset(inspect.signature(model.forward).parameters)
         if in_part:  # PEFT shortens long lists of targets by comparing names of modules, which parts are not
             config.target_modules = targets
-        for stack in lifecycle.own_stacks(model) if is_saved else []:
-            if adapter_name in stack.fact_U:
-                stack.unloaded[adapter_name] = trained
+        for stack in lifecycle.own_stacks(model, adapter_name) if is_saved else []:
+            stack.unloaded[adapter_name] = trained
         for head in model.modules() if adapter_name in self.active_adapters else []:
             # PEFT activates a new head only where there was none.
             if isinstance(head, FacTHead) and adapter_name in head.modules_to_save and not head.active_adapters:
@@ -149,9 +148,9 @@ class FacTModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable[name])
-        for head in self.model.modules():
-            if autocast_adapter_dtype and isinstance(head, FacTHead):
-                head.to_float32(adapter_name)
+        for head in self.model.modules() if autocast_adapter_dtype else []:
+            if isinstance(head, FacTHead) and adapter_name in head.modules_to_save:
+                cast_in_place(head.modules_to_save[adapter_name], torch.float32)  # half precision cannot be trained
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Change the scale s of an adapter, which is saved with it. This is possible before and after training.
@@ -179,7 +178,6 @@ class FacTModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} exists already; choose another name or delete it first.")
         summed = sum_of_model(self.model, adapters, weights)
-        summed = summed.replace(inference_mode=fact_config(self, adapters[0]).inference_mode)
         self.peft_config[adapter_name] = summed.config
         self.inject_adapter(self.model, adapter_name)
         summed.fill(self.model, adapter_name)
@@ -229,17 +227,11 @@ class FacTModel(BaseTuner):
         close_attentions(self.model)
         return self.model
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is not None:
-            with using_adapters(self.model, adapter_names, args, kwargs):
-                yield
-        elif current_batch() is not None:  # called inside another call, whose adapters do not apply here
-            with calling_with(None):
-                yield
-        else:
-            yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        if kwargs.get("adapter_names") is not None:
+            return using_adapters(self.model, kwargs["adapter_names"], args, kwargs)
+        # In a call inside another call, the adapters of the outer one do not apply.
+        return nullcontext() if current_batch() is None else calling_with(None)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -256,7 +248,7 @@ class FacTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The factors and biases of an adapter as they are saved."""
-        config.check_storage()
+        config.check_changeable()
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return lifecycle.stored_state_dict(config, adapter_name, tensors)
 

@@ -14,14 +14,13 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from ..adapter.config import FacTConfig
-from ..adapter.names import FACTORS, UNCHANGED, find_renaming, mark_local_folder
+from ..adapter.names import FACTORS, UNCHANGED, find_renaming, first_few, mark_local_folder
 from ..architecture.blocks import find_block_linears
 from ..architecture.heads import find_classifiers, fitting_labels
 from ..architecture.linears import IN_PROJ, base_of, check_order, find_linears, is_fused, part_names, walk
 from ..method.tensorization import PARTS, describe_layout
 from ..upstream import ExcludedModule, find_minimal_target_modules, include_all_linear_layers
 from . import refusals
-from .refusals import first_few
 
 logger = logging.getLogger(__name__)
 Shape = tuple[int, int]  # (in_features, out_features)
@@ -95,12 +94,12 @@ def settle_heads(config: FacTConfig, model: nn.Module, modules: Mapping[str, nn.
             else:
                 kept.append(name)
         config.modules_to_save = kept
-    heads = config.modules_to_save or []
-    refusals.check_trainable(named(heads, modules))
+    heads = named(config.modules_to_save, modules)
+    refusals.check_trainable(heads)
     if left_out:
         logger.info("%s has no %s: left out of the adapter.", type(model).__name__, ", ".join(left_out))
         config.renaming = replace(config.renaming, left_out=tuple(left_out))
-        config.labels = config.labels if heads else None
+        config.labels = config.labels if config.modules_to_save else None
     try:
         config.labels = fitting_labels(config.labels, model, heads)
     except ValueError:

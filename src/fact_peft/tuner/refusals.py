@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner
@@ -12,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..adapter.config import FacTConfig
-from ..adapter.names import FACTORS, inner_model, is_of_inner_adapter, names_in_others, parts_with
+from ..adapter.names import FACTORS, first_few, inner_model, is_of_inner_adapter, names_in_others, parts_with
 from ..adapter.validation import is_trained
 from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.heads import find_classifiers
@@ -251,9 +250,3 @@ def where_it_fits(config: FacTConfig, model: nn.Module) -> str:
         f"It has layers of {', '.join(others)} too: load it on the whole model and use {', '.join(own)} from there, or "
         f'train one without them, with exclude_modules=r"({"|".join(others)})\\..*".\n'
     )
-
-
-def first_few(names: Iterable[Any], count: int = 6) -> str:
-    """The first few names, for an error message."""
-    names = list(names)
-    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "") or "none"
