@@ -1,6 +1,9 @@
 """The adapter on disk: small, self-describing, and refused where it does not belong."""
 
+import copy
 import json
+import math
+import pickle
 
 import pytest
 import torch
@@ -212,6 +215,25 @@ def test_damaged_files_are_refused_before_the_model_is_touched(damage, message, 
     with pytest.raises(ValueError, match=message):
         model.load_adapter(tmp_path, "other")
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("scale", [0, math.nan, True])
+def test_a_scale_that_cannot_be_loaded_is_not_saved(scale, tmp_path):
+    model = adapted()
+    model.peft_config["default"].scale = scale
+    with pytest.raises(ValueError, match="scale="):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_an_adapter_can_be_copied_and_sent_to_another_process(copied):
+    model = adapted()
+    adapter = copied(Adapter.of(model))
+    model.base_model.set_scale("default", 1.0)
+    adapter.fill(model)
+    expected = Adapter.of(model).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter.state_dict().items())
 
 
 @pytest.mark.parametrize("lost", [["weight", "bias"], ["bias"]])

@@ -268,6 +268,9 @@ def test_model_without_peft_around_it_is_refused(tmp_path):
 def test_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither a folder nor a name on the Hub"):
         load_image_classifier(tmp_path / "nothing")
+    for read in (load_image_classifier, Adapter.read):
+        with pytest.raises(ValueError, match=r"'\./some/adapter' is neither a folder nor a name on the Hub"):
+            read("./some/adapter")  # "some/adapter" could be on the Hub
 
 
 def assert_base_is_missing_elsewhere(library: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,12 +341,12 @@ def test_card_is_brought_up_to_date_around_what_a_user_wrote(tmp_path):
     card = card_of(tmp_path / "adapter")
     card.text = f"Above.\n{card.text}\nBelow.\n"
     card.data.license = "mit"
-    card.data.tags = [*card.data.tags, "birds"]
+    card.data.tags = [*card.data.tags, "birds", 2024]
     card.save(tmp_path / "adapter" / "README.md")
     save_image_classifier(model, own_processor(), tmp_path / "adapter", {"accuracy": 0.75}, base_model="me/new")
     card = card_of(tmp_path / "adapter")
     assert card.data.license == "mit" and card.data.base_model == "me/new"
-    assert card.data.tags == ["base_model:adapter:me/new", "birds", "fact", "transformers"]
+    assert card.data.tags == ["2024", "base_model:adapter:me/new", "birds", "fact", "transformers"]
     assert card.text.strip().startswith("Above.") and card.text.strip().endswith("Below.")
     assert card.text.count("| accuracy |") == 1 and "| accuracy | 0.75 |" in card.text
     before = card.content

@@ -176,6 +176,9 @@ def test_a_checkpoint_does_not_say_its_scale():
         (lambda saved: saved.pop("blocks.0.attn.q_FacTs.weight"), r"blocks\.0\.attn\.q_FacTs\.weight is missing"),
         (lambda saved: saved.update({"FacTv.weight": torch.zeros(32, 2)}), r"V of shape \(32, 2\); \(32, 3\)"),
         (lambda saved: saved["blocks.0.attn.proj_FacTs.weight"].fill_(torch.nan), r"attn\.proj has NaN"),
+        (lambda saved: saved.update({"FacTv.weight": torch.zeros(32)}), r"FacTv\.weight is no tensor of 2 axes"),
+        (lambda saved: saved.update({"FacTu.weight": 3}), r"FacTu\.weight is no tensor of 2 axes"),
+        (lambda saved: saved.update({1: torch.zeros(2)}), "keys that are no names: 1"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_nothing_written(damage, said, tmp_path):
@@ -185,6 +188,21 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_written(damage, said, tmp_p
     with pytest.raises(ValueError, match=said):
         convert_checkpoint(tmp_path / "cifar.pt", tmp_path / "adapter", "authors", scale=1.0)
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [(torch.ones(2), "No block of the image encoder"), ({1: torch.ones(2)}, "keys that are no names: 1")],
+)
+def test_a_state_that_is_no_state_dict_is_refused(state, said):
+    with pytest.raises(ValueError, match=said):
+        convert_from("micro-sam", {"model_state": state})
+
+
+def test_a_damaged_safetensors_file_is_refused(tmp_path):
+    (tmp_path / "run.safetensors").write_bytes(b"garbage" * 10)
+    with pytest.raises(ValueError, match=r"run\.safetensors cannot be read as tensors"):
+        convert_checkpoint(tmp_path / "run.safetensors", tmp_path / "adapter", "authors", scale=1.0)
 
 
 class Trainer:

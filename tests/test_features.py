@@ -254,6 +254,8 @@ def test_no_graph_break_and_no_recompilation_when_swapping(decomposition, tmp_pa
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=count, fullgraph=True)
+    assert Adapter.of(compiled).state_dict().keys() == Adapter.of(model).state_dict().keys()
+    assert convert_to_lora(compiled)[1].keys() == convert_to_lora(model)[1].keys()
     torch.testing.assert_close(scores(compiled), scores(model))
     hotswap_adapter(compiled, tmp_path)
     torch.testing.assert_close(scores(compiled), scores(other), rtol=0, atol=1e-6)

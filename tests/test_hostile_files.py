@@ -172,6 +172,15 @@ def test_pickled_files_are_checked_too(base_folder, tmp_path):
     assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
 
 
+@pytest.mark.parametrize("content", [{"a": 3}, {1: torch.zeros(2)}, [torch.zeros(2)]], ids=["number", "key", "list"])
+def test_pickled_files_of_other_than_tensors_are_refused(content, base_folder, tmp_path):
+    saved(base_folder, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(content, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin .* is not a whole PyTorch file"):
+        PeftModel.from_pretrained(plain(base_folder), tmp_path)
+
+
 def test_config_without_a_layout_does_not_open_the_door(base_folder, tmp_path):
     saved(base_folder, tmp_path)
     file = tmp_path / "adapter_config.json"

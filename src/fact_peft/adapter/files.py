@@ -74,7 +74,10 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """
     try:
         if file.name == WEIGHTS_NAME:
-            yield from torch.load(file, map_location="cpu", weights_only=True).items()
+            for key, tensor in torch.load(file, map_location="cpu", weights_only=True).items():
+                if not isinstance(key, str) or not isinstance(tensor, Tensor):
+                    raise RuntimeError(f"{key!r} is not the name of a tensor")
+                yield key, tensor
         else:
             with safe_open(file, framework="pt", device="cpu") as tensors:
                 for key in tensors.keys():

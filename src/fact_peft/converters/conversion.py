@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import FacTConfig
+from ..adapter.field_checks import check_choice
 from ..adapter.names import PREFIX, factor_key
 from ..architecture.linears import part_names
 from ..method.tensorization import Slices, describe_layout, tensorize
@@ -70,8 +72,7 @@ def convert_from(
         ValueError: If the format is unknown, the scale is missing or superfluous, or the checkpoint has other tensors
             or shapes than the implementation saves. Tensors that an adapter cannot hold are named.
     """
-    if source_format not in FORMATS:
-        raise ValueError(f"source_format={source_format!r} is unknown; choose one of {', '.join(map(repr, FORMATS))}.")
+    check_choice("source_format", source_format, tuple(FORMATS))
     known = FORMATS[source_format]
     if known.scale is not None and scale not in (None, known.scale):
         raise ValueError(f"scale={scale!r}, but {source_format!r} always computes with {known.scale:g}; leave it out.")
@@ -83,9 +84,11 @@ def convert_from(
         )
     words = [leave_out] if isinstance(leave_out, str) else list(leave_out)
     entries = dict(checkpoint)
-    if known.state in entries:
+    if isinstance(entries.get(known.state), Mapping):
         entries = {**entries.pop(known.state), **{k: v for k, v in entries.items() if k not in NOT_OF_THE_MODEL}}
-    tensors = {name: tensor for name, tensor in entries.items() if not any(word in name for word in words)}
+    tensors = {name: tensor for name, tensor in entries.items() if not any(word in str(name) for word in words)}
+    if strays := [repr(name) for name in tensors if not isinstance(name, str)]:
+        raise ValueError(f"The checkpoint has keys that are no names: {', '.join(strays)}; pass tensors by name.")
     layers, heads = known.read(tensors)
     if tensors:
         raise ValueError(
@@ -136,11 +139,11 @@ def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"file={str(file)!r} does not exist; pass the checkpoint that the other code saved.")
-    if path.suffix == ".safetensors":
-        return dict(load_file(path))
     try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{path} cannot be read as tensors alone: it is damaged, or its pickle holds objects of other code, which "
             "is never run here. If you trust the file, load it in the code that made it and save its tensors by name, "

@@ -61,7 +61,7 @@ Read = tuple[dict[str, SourceLayer], dict[str, Tensor]]  # the layers and the te
 
 def read_authors(tensors: dict[str, Tensor]) -> Read:
     if "FacTp" in tensors:
-        tensors.update(tensor_train_cores(take(tensors, "FacTc"), take(tensors, "FacTp")))
+        tensors.update(tensor_train_cores(take(tensors, "FacTc", 3), take(tensors, "FacTp")))
     U, V = take(tensors, "FacTu.weight").t(), take(tensors, "FacTv.weight")
     width = len(U)
     layers: dict[str, SourceLayer] = {}
@@ -139,10 +139,12 @@ def cores_of(weight: Tensor) -> Tensor:
     return blocks.permute(2, 0, 3, 1).flatten(0, 1)
 
 
-def take(tensors: dict[str, Tensor], name: str) -> Tensor:
+def take(tensors: dict[str, Tensor], name: str, num_axes: int = 2) -> Tensor:
     """Remove and return a tensor of a checkpoint."""
     if name not in tensors:
         raise ValueError(f"{name} is missing in the checkpoint; was it saved by the code that it is converted from?")
+    if not isinstance(tensors[name], Tensor) or tensors[name].dim() != num_axes:
+        raise ValueError(f"{name} is no tensor of {num_axes} axes; was it saved by the code that it is converted from?")
     return tensors.pop(name)
 
 

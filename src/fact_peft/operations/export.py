@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..adapter.files import replacing_files, write_files
 from ..adapter.names import PREFIX
-from ..architecture.linears import IN_PROJ
+from ..architecture.linears import IN_PROJ, uncompiled
 from ..tuner.layer import FacTLinear
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B by layer name
@@ -34,6 +34,7 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
     Raises:
         ValueError: If the model has no such FacT adapter, or it has an output projection of ``nn.MultiheadAttention``.
     """
+    model = uncompiled(model)
     adapter = Adapter.of(model, adapter_name)
     config = adapter.config
     pairs = {

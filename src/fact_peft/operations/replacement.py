@@ -7,7 +7,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import fact_config
-from ..architecture.linears import unwrapped, walk
+from ..architecture.linears import uncompiled, unwrapped, walk
 from ..tuner.lifecycle import own_stacks
 from ..tuner.planning import named
 from ..tuner.refusals import check_complete
@@ -40,15 +40,16 @@ def hotswap_adapter(
         ValueError: If the two adapters differ in rank, decomposition, dropout, layers, biases or heads, or the saved
             one is damaged. The loaded adapter is then as it was.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     loaded, saved = fact_config(model, adapter_name), model_name_or_path
+    source = "The saved adapter" if isinstance(saved, Adapter) else saved
     if not isinstance(saved, Adapter):
         saved = Adapter.read(saved, revision, token)
     for name in MUST_AGREE:
         theirs, ours = getattr(saved.config, name), getattr(loaded, name)
         if theirs != ours:
             raise ValueError(
-                f"{model_name_or_path} has {name}={theirs!r}, but adapter {adapter_name!r} was loaded with "
+                f"{source} has {name}={theirs!r}, but adapter {adapter_name!r} was loaded with "
                 f"{name}={ours!r}; only adapters of one shape can be swapped in place. Use load_adapter."
             )
     check_complete(saved.config, named(loaded.modules_to_save, dict(walk(unwrapped(model)))))

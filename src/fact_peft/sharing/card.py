@@ -109,7 +109,7 @@ def update_metadata(data: ModelCardData, config: FacTConfig) -> None:
     """Set the fields that follow from the adapter; keep the others, such as the license."""
     data.library_name = "peft"
     data.pipeline_tag = data.pipeline_tag or "image-classification"
-    kept = {tag for tag in data.tags or [] if not tag.startswith("base_model:")}
+    kept = {tag for tag in map(str, data.tags or []) if not tag.startswith("base_model:")}
     tags = kept | {"fact", "timm" if is_timm(config) else "transformers"}
     if is_hub_id(config.base_model_name_or_path):
         data.base_model = config.base_model_name_or_path
