@@ -110,7 +110,10 @@ def main() -> None:
     axes.set(xlim=(1.5e4, 3e8), ylim=(53.5, 69))
     axes.set_xticks([1e5, 1e6, 1e7, 1e8], ["100 KB", "1 MB", "10 MB", "100 MB"])
     axes.annotate("linear probe (trains the head only)", (2.2e4, 55.5), color=THEIRS, fontsize=12)
-    axes.set_title("FacT r=16 matches LoRA r=1 with 40 % fewer parameters", fontsize=13, loc="left", pad=10)
+    ours, theirs = points.loc[DEFAULT], points.loc["LoRA r=1"]
+    share, difference = 100 * ours["parameters"] / theirs["parameters"], abs(ours["mean"] - theirs["mean"])
+    claim = f"FacT-TT r=16 is within {difference:.1f} points of LoRA r=1 at {share:.0f} % of its size"
+    axes.set_title(claim, fontsize=13, loc="left", pad=10)
     figure.savefig(PICTURES / "accuracy_by_size.png", dpi=140)
 
     figure = Figure(figsize=(7.4, 5.6), layout="constrained")

@@ -74,8 +74,23 @@ def by_block(rank: int) -> Start:
     return Start(f"FacT-TT r={rank} by block", "orthogonal, scale 8 / r", method, suffix=", orthogonal, scale 2")
 
 
+def by_root(decomposition: str, rank: int) -> list[Start]:
+    """The orthogonal start of Tucker or CP at the default scale, and at that of tensor-train."""
+    of = f"FacT-{decomposition.upper()} r={rank}"
+    scales = {"32 / r": 32 / rank, "32 / sqrt(r)": 32 / rank**0.5}
+    return [
+        Start(
+            of,
+            f"orthogonal, scale {title}",
+            orthogonal(decomposition, rank, scale),
+            suffix=f", orthogonal, scale {scale:g}",
+        )
+        for title, scale in scales.items()
+    ]
+
+
 STARTS = [*(start for rank in RANKS for start in [*authors("tt", rank), *orthogonals(rank)]), *authors("tk", 32)]
-STARTS.append(by_block(4))
+STARTS += [by_block(4), *by_root("tk", 16), *by_root("cp", 64)]
 
 
 def measure(args: argparse.Namespace) -> None:
