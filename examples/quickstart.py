@@ -6,24 +6,24 @@ needs no network and no GPU. It pretrains a small ViT on 900 of scikit-learn's h
 dark, upright), then adapts it to a shifted task: other digits, dark on light and rotated by 90 degrees, with 20
 labelled images per class. Every method trains a fresh head for the same number of steps. Its learning rate is chosen
 from the same grid, by accuracy on 20 further images per class with the first seed. LoRA and FacT have their default
-ranks, 8 and 16. The test images are separate from all of these. In 75 to 115 s on two CPU cores (torch 2.15,
+ranks, 8 and 16. The test images are separate from all of these. In 75 to 115 s on two CPU cores (torch 2.14,
 transformers 5.23, peft 0.21) it prints
 
-    Pretrained on 900 digits. Accuracy on 497 others: 96.6 % upright, 8.7 % inverted and rotated.
+    Pretrained on 900 digits. Accuracy on 497 others: 96.4 % upright, 8.0 % inverted and rotated.
     Adapting to 10 classes with 20 labels each. Accuracy on 497 test images, mean (min-max) over seeds 0, 1, 2:
                  backbone params head params bytes on disk learning rate     test accuracy
-    linear-probe               0         650         2,792           0.1  74.1 (72.0-77.1)
-    full-tuning          201,536         650       816,504         0.001  90.2 (89.7-90.7)
-    LoRA                  36,864         650       156,072         0.005  88.7 (85.9-90.1)
-    FacT-TT               14,336         650        60,480         0.005  88.2 (86.9-89.1)
-    FacT-TK                6,912         650        30,880          0.02  87.6 (87.5-87.7)
+    linear-probe               0         650         2,792           0.1  72.0 (68.2-74.2)
+    full-tuning          201,536         650       816,504         0.005  88.7 (86.3-90.5)
+    LoRA                  36,864         650       156,072         0.005  88.3 (86.7-90.5)
+    FacT-TT               14,336         650        60,480         0.005  88.7 (86.9-89.7)
+    FacT-TK                6,912         650        30,880         0.005  88.6 (86.9-90.7)
     FacT-TT, saved in outputs/quickstart/FacT-TT, then reloaded into a fresh backbone, then merged:
     reloaded: largest difference of logits 0.0e+00, all predicted labels equal: True
       merged: largest difference of logits 1.9e-06, all predicted labels equal: True
 
 Bytes include the head. Other seeds also change pretraining and the split. With --seeds 3 4 5, 6 7 8 and 9 10 11 the
-means were: linear-probe 67-73, full-tuning 83-91, LoRA 85-89, FacT-TT 85-89, FacT-TK 85-91. LoRA of about the size of
-FacT-TK (--rank 1, 4,608 parameters) reached 85.3 with seeds 0, 1, 2. The task is a toy: logistic regression trained
+means were: linear-probe 72-75, full-tuning 83-92, LoRA 84-89, FacT-TT 86-91, FacT-TK 85-89. LoRA of about the size of
+FacT-TK (--rank 1, 4,608 parameters) reached 84.0 with seeds 0, 1, 2. The task is a toy: logistic regression trained
 until it converges reaches about 80 on the frozen features, but 90-95 on the pixels, where rotation and inversion make
 no difference.
 
