@@ -31,7 +31,7 @@ pytest.importorskip("torchvision")
 from PIL import Image
 
 from benchmarks.frontier import tasks
-from benchmarks.frontier.backbones import load
+from benchmarks.frontier.backbones import Backbone, load
 from benchmarks.frontier.bottlenecks import SCALE, Bottlenecks
 from benchmarks.frontier.bytes.report import WAY
 from benchmarks.frontier.bytes.report import summary as summary_by_bytes
@@ -40,7 +40,7 @@ from benchmarks.frontier.default import report as compare_default
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.prompts import DeepPrompts
 from benchmarks.frontier.report import best_rates, chosen, fixed, means, panels, read, report
-from benchmarks.frontier.search import groups, is_head, trained_parameters
+from benchmarks.frontier.search import adapted, groups, is_head, trained_parameters
 from benchmarks.frontier.shots import few
 from benchmarks.frontier.starts import STARTS, authors
 from benchmarks.frontier.tasks import Labelled, Task, kinds, read_task, task_names
@@ -181,6 +181,24 @@ def test_a_method_trains_heads_and_what_it_says(name):
     if name in counts:
         parameters = dict(model.named_parameters())
         assert sum(parameters[key].numel() for key in trained - heads) == counts[name]
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.start is not None])
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:lora with eva initialization used")
+def test_a_start_from_data_changes_no_output(name):
+    train = Labelled(images(64, 1), torch.arange(64) % 3)
+    backbone = Backbone(dinov2, fingerprint="")
+    model, heads = adapted(backbone, Task(train, train, train, 3), METHODS[name], seed=0)
+    with torch.no_grad():
+        before, after = (backbone.logits(each.eval(), train.images) for each in (dinov2(), model))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    trained = trained_parameters(model)
+    assert any(is_head(each, heads) for each in trained)
+    if name.endswith("LoRA-GA"):  # A and B are the directions of gradients, and are taken off the frozen weights
+        assert all(value.any() for each, value in trained.items() if "lora_B" in each)
+    if name.endswith("EVA"):  # A has the main directions of the inputs, which are orthonormal
+        A = torch.stack([value @ value.T for each, value in trained.items() if "lora_A" in each and len(value) == 1])
+        torch.testing.assert_close(A, torch.ones_like(A))
 
 
 def test_prompts_stand_behind_the_first_token_of_every_block_and_nowhere_else():
