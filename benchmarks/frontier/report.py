@@ -39,7 +39,8 @@ def side(method: str) -> str:
     """Which of `SIDES` a method is of."""
     if not is_fact(method):
         return OTHERS
-    return f"{FACT}, {start}" if (start := method.partition(", ")[2]) in ("orthogonal", "gradients") else FACT
+    starts = {"orthogonal": ORTHOGONAL, "default scale": ORTHOGONAL, "gradients": GRADIENTS}
+    return starts.get(method.partition(", ")[2], FACT)
 
 
 def read(folder: Path) -> pd.DataFrame:
