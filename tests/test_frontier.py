@@ -159,7 +159,7 @@ def test_bfloat16_changes_the_logits_a_little(folder, precision, error):
 # Methods
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if "r=64" not in name])  # the tiny model has a width of 32
 def test_a_method_trains_heads_and_what_it_says(name):
     model = METHODS[name].adapt(dinov2(), NONE)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
