@@ -108,10 +108,10 @@ def orthogonal(decomposition: str, rank: int, scale: float | None = None, **sett
     return Method(f"FacT-{decomposition.upper()}, orthogonal", adapt)
 
 
-def gradients(decomposition: str, rank: int) -> Method:
+def gradients(decomposition: str, rank: int, scale: float | None = None) -> Method:
     """As `orthogonal`, with U and V from the gradients of the task."""
     family = f"FacT-{decomposition.upper()}, gradients"
-    return replace(orthogonal(decomposition, rank), family=family, start=from_gradients)
+    return replace(orthogonal(decomposition, rank, scale), family=family, start=from_gradients)
 
 
 def other(family: str, config_cls: type[PeftConfig], **settings: Any) -> Method:
@@ -148,7 +148,8 @@ METHODS: dict[str, Method] = {
     **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 16, 32)},
     # These have the default scale, 32 / sqrt(r). The rows of Tucker above have 32 / r, the default when they were run.
     **{f"FacT-CP r={rank}, orthogonal": orthogonal("cp", rank, 32 / rank**0.5) for rank in (16, 32, 64)},
-    **{f"FacT-TK r={rank}, default scale": orthogonal("tk", rank, 32 / rank**0.5) for rank in (8, 16, 32)},
+    **{f"FacT-TK r={rank}, default scale": orthogonal("tk", rank, 32 / rank**0.5) for rank in (8, 16, 24, 32)},
     **{f"FacT-TT r={rank}, gradients": gradients("tt", rank) for rank in (4, 16, 32)},
     **{f"FacT-TK r={rank}, gradients": gradients("tk", rank) for rank in (8, 16, 32)},
+    "FacT-TK r=32, gradients, default scale": gradients("tk", 32, 32 / 32**0.5),
 }
