@@ -5,17 +5,16 @@ from functools import partial
 from itertools import islice
 
 import torch
-from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraGAConfig, PeftConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import preprocess_loraga
 from torch import Tensor, nn
 
 from benchmarks.frontier.tasks import Labelled
 from fact_peft import initialize_from_gradients
-from fact_peft.architecture.blocks import find_block_linears
-from fact_peft.architecture.heads import find_classifiers
 
 NUM_BATCHES = 8  # that gradients are taken of; EVA takes as many as its components need to converge
 Logits = Callable[[nn.Module, Tensor], Tensor]  # of a model and images
+MakeConfig = Callable[..., PeftConfig]  # of LoRA for a model, with further settings
 # Starts a model from batches of training images; returns the model that is then trained.
 Start = Callable[[nn.Module, Iterator[Labelled], Logits], nn.Module]
 
@@ -27,9 +26,9 @@ def from_gradients(model: nn.Module, batches: Iterator[Labelled], logits: Logits
     return model
 
 
-def eva(model: nn.Module, batches: Iterator[Labelled], logits: Logits, rank: int) -> nn.Module:
+def eva(model: nn.Module, batches: Iterator[Labelled], logits: Logits, make_config: MakeConfig) -> nn.Module:
     """LoRA whose A, and ranks, come from the inputs of the layers (EVA)."""
-    model = get_peft_model(model, lora(model, rank, init_lora_weights="eva", eva_config=EvaConfig()))
+    model = get_peft_model(model, make_config(model, init_lora_weights="eva", eva_config=EvaConfig()))
     initialize_lora_eva_weights(
         model,
         [batch.images for batch in batches],
@@ -41,9 +40,9 @@ def eva(model: nn.Module, batches: Iterator[Labelled], logits: Logits, rank: int
     return model
 
 
-def lora_ga(model: nn.Module, batches: Iterator[Labelled], logits: Logits, rank: int) -> nn.Module:
+def lora_ga(model: nn.Module, batches: Iterator[Labelled], logits: Logits, make_config: MakeConfig) -> nn.Module:
     """LoRA whose A and B come from the gradients of the layers (LoRA-GA)."""
-    config = lora(model, rank, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    config = make_config(model, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
 
     def add_gradients() -> None:
         for batch in islice(batches, NUM_BATCHES):
@@ -51,12 +50,6 @@ def lora_ga(model: nn.Module, batches: Iterator[Labelled], logits: Logits, rank:
 
     preprocess_loraga(model, config, add_gradients)
     return get_peft_model(model, config)
-
-
-def lora(model: nn.Module, rank: int, **settings: object) -> LoraConfig:
-    """The config of LoRA at scale 1 on the linear layers that FacT finds by itself."""
-    targets, heads = list(find_block_linears(model)), find_classifiers(model)
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=heads, **settings)
 
 
 def loss_of(model: nn.Module, batch: Labelled, logits: Logits) -> Tensor:
