@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -366,7 +367,7 @@ def test_a_task_is_cut_to_so_many_images_a_class():
     assert not torch.equal(few(task, more, 4, 0).train.images, few(task, more, 4, 1).train.images)
 
 
-def test_few_shot_runs_at_the_rates_chosen_elsewhere(folder, run_module):
+def test_few_shot_runs_at_rates_that_follow_from_the_number_of_images(folder, run_module):
     common = ["--backbone", folder / "backbone", "--data", folder / "tasks", "--image_size", SIZE, "--batch_size", 6]
     common += ["--epochs", 1, "--methods", "linear probe", "FacT-TT r=1"]
     searched, shots = folder / "searched", folder / "shots"
@@ -382,7 +383,8 @@ def test_few_shot_runs_at_the_rates_chosen_elsewhere(folder, run_module):
         records = json.loads((shots / f"dtd10.{number}.json").read_text())
         settings = [record["setting"] for record in records]
         assert [setting["sizes"] for setting in settings] == [[3 * number, 6, 9]] * 4
-        assert {setting["method"]: setting["learning_rate"] for setting in settings} == rates
+        expected = {name: rate * math.sqrt(3 * number / 1000) for name, rate in rates.items()}
+        assert {setting["method"]: setting["learning_rate"] for setting in settings} == pytest.approx(expected)
     assert (shots / "shots.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="has no learning rate of BitFit"):
         run_module("benchmarks.frontier.shots", *common[:-3], "--methods", "BitFit", *more, "--output", shots)

@@ -1,11 +1,12 @@
-"""Accuracy with a few images a class, at the learning rate that was best elsewhere, since few leave none to search on.
+"""Accuracy with a few images a class, at a learning rate that follows from their number: few leave none to search on.
 
     python -m benchmarks.frontier.shots --backbone facebook/dinov2-small --data FOLDER --rates RESULTS \\
         --choose_on dtd10 rsscn7 yaleb-azimuth --tasks flowers89 monkeys10 caltech101
     python -m benchmarks.frontier.shots --output SHOTS --write PAGE    # tables and plot of what there is
 
-RESULTS are those of `benchmarks.frontier`; a method's rate is the one with the best mean validation accuracy on the
-tasks of --choose_on, and methods that were not run there are left out. A task gives the first so many images of every
+RESULTS are those of `benchmarks.frontier`; a method's rate with 1,000 images is the one with the best mean validation
+accuracy on the tasks of --choose_on, and methods that were not run there are left out. With n images it is smaller by
+sqrt(n / 1000), for every method; the rate of the head stays. A task gives the first so many images of every
 class in an order drawn by the seed, of NAME-train.parquet and, if there is one, NAME-extra16.parquet; a class that has
 fewer gives all it has. Every run takes about as many steps as one on 1,000 images. Each is kept in
 SHOTS/TASK.SHOTS.json and not repeated.
@@ -73,8 +74,9 @@ def measure(args: argparse.Namespace) -> None:
                         file=lambda task, _, shots=shots: args.output / f"{task}.{shots}.json",
                         progress=progress,
                     )
+                    share = math.sqrt(min(1, len(cut.train.labels) / FULL))
                     for method in methods:
-                        measurements.outcome(name, method, METHODS[method], rates[method], seed)
+                        measurements.outcome(name, method, METHODS[method], rates[method] * share, seed)
 
 
 def read_shots(folder: Path) -> pd.DataFrame:
