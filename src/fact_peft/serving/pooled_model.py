@@ -1,10 +1,7 @@
 """A frozen classifier whose layers and head compute each image of a batch with the adapter of that image."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,42 +13,10 @@ from ..architecture.heads import find_classifiers, named_labels
 from ..architecture.linears import find_linears
 from ..method.fused_linear import FactorBank, joined, of_images
 from ..method.tensorization import Slices, block_of, stack_sizes, tensorize
-from ..tuner.mixed_batch import MixedBatch, PerImageWeight, current_batch
+from ..tuner.layer import FacTLinear
+from ..tuner.mixed_batch import MixedBatch, current_batch
 from ..upstream import AuxiliaryTrainingWrapper
 from .pooled_adapter import AdapterSpec, PooledAdapter, StackedAdapters, to_vector
-
-
-class PooledLinear(nn.Module):
-    """``y_i = base_layer(x_i) + x_i dW_i`` for every image i of the batch.
-
-    The layer has slices in a stack of the whole model and, if it is in a block, in a stack of the block.
-    """
-
-    def __init__(self, base_layer: nn.Module, slices: Sequence[Slices]) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.slices: dict[Hashable, Slices] = {owned.stack: owned for owned in slices}
-        self.in_features, self.out_features = slices[0].in_features, slices[0].out_features
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(R, ..., in_features) to (R, ..., out_features), where every image has the same number of the R rows."""
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        batch = current_batch()
-        return y if batch is None else batch.add(self.base_layer, x, y, self.slices)
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight; in a batch, an object that multiplies every image by the image's own weight."""
-        weight: Any = self.base_layer.weight
-        batch = current_batch()
-        if batch is None or type(self.base_layer) is not nn.Linear:
-            return weight
-        return PerImageWeight.of(weight, batch, self.base_layer, self.slices)
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias: Any = self.base_layer.bias
-        return bias
 
 
 class PooledHead(nn.Module):
@@ -72,17 +37,7 @@ class PooledHead(nn.Module):
 
 
 class PooledModel:
-    """A copy of a model on the same weights, and what adapters have to do with it.
-
-    Attributes:
-        module: The copy, in evaluation mode.
-        heads: The classifiers, by name; the last one has an output per label.
-        labels: The class names of the model itself.
-        slices: The slices of every linear layer outside the heads, by name; those of the blocks come first. The
-            projections of ``nn.MultiheadAttention`` are left out, since torch never calls them as modules.
-        slices_of: The slices of every stack by layer name, for stacks of the whole model and for stacks of one block.
-        num_slices: Number of slices in each stack.
-    """
+    """A copy of a model on the same weights, in evaluation mode, and what adapters have to do with it."""
 
     def __init__(self, vit: nn.Module) -> None:
         if any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in vit.modules()):
@@ -93,7 +48,7 @@ class PooledModel:
         shared = {id(tensor): tensor for tensor in (*vit.parameters(), *vit.buffers())}
         self.module = copy.deepcopy(vit, shared).eval()
         self.labels = named_labels(vit)
-        self.heads: dict[str, nn.Linear] = {}
+        self.heads: dict[str, nn.Linear] = {}  # by name; the last one has an output per label
         for name in find_classifiers(vit):
             head = vit.get_submodule(name)
             if type(head) is not nn.Linear:
@@ -102,7 +57,12 @@ class PooledModel:
             self.module.set_submodule(name, PooledHead(head, name))
         if not self.heads:
             raise ValueError(f"vit is a {type(vit).__name__} without a classification head; the pool wants one.")
+        last = list(self.heads.values())[-1]
+        self.reference = last.weight  # a tensor with the device and the data type of the model
+        self.num_labels = last.out_features  # of the model itself
 
+        # Every linear layer outside the heads; those of the blocks come first. The projections of nn.MultiheadAttention
+        # are left out, since torch never calls them as modules.
         called = {
             name: shape
             for name, shape in {**find_block_linears(vit), **find_linears(vit)}.items()
@@ -111,23 +71,16 @@ class PooledModel:
         }
         self.slices = tensorize(called)
         by_block = tensorize({name: shape for name, shape in called.items() if block_of(name)}, share="block")
-        self.slices_of: dict[str, dict[str, Slices]] = {}
+        self.slices_of: dict[str, dict[str, Slices]] = {}  # by stack, of the whole model or of one block, and layer
+        self.by_layer: dict[nn.Module, dict[Hashable, Slices]] = {}
         for name in called:
             owned = [slices[name] for slices in (self.slices, by_block) if name in slices]
             for its_slices in owned:
                 self.slices_of.setdefault(its_slices.stack, {})[name] = its_slices
-            self.module.set_submodule(name, PooledLinear(vit.get_submodule(name), owned))
-        self.num_slices = stack_sizes([*self.slices.values(), *by_block.values()])
-
-    @property
-    def reference(self) -> Tensor:
-        """A tensor with the device and the data type of the model."""
-        return next(iter(self.heads.values())).weight
-
-    @property
-    def num_labels(self) -> int:
-        """The number of logits of the model itself."""
-        return list(self.heads.values())[-1].out_features
+            layer = FacTLinear(vit.get_submodule(name))
+            self.module.set_submodule(name, layer)
+            self.by_layer[layer] = {its_slices.stack: its_slices for its_slices in owned}
+        self.num_slices = stack_sizes([*self.slices.values(), *by_block.values()])  # in each stack
 
     def admit(self, name: str, adapter: Adapter, dtype: torch.dtype) -> tuple[PooledAdapter, Tensor]:
         """Check that an adapter fits the model; return its description, and its numbers in host memory."""
@@ -218,7 +171,7 @@ class PooledModel:
             )
             for name, head in self.heads.items()
         }
-        return MixedBatch(places, bank_in, heads=heads)
+        return MixedBatch(places, bank_in, slices=self.by_layer, heads=heads)
 
 
 def next_power_of_two(number: int) -> int:
