@@ -10,21 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.heads import current_labels
 from ..architecture.linears import uncompiled, unwrapped
-from ..method.decomposition import DECOMPOSITIONS, increment_norms
+from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import Slices
 from .config import FacTConfig, fact_config
 from .files import find_folder, read_tensors, replacing_files, write_files
@@ -96,15 +89,9 @@ class Adapter:
         tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         source: str = "The state dict",
     ) -> Adapter:
-        """Make an adapter of its config and of what ``get_peft_model_state_dict`` returns.
+        """Make an adapter of its config, with a layout, and of what ``get_peft_model_state_dict`` returns.
 
-        Args:
-            config: Its config, with a layout.
-            tensors: Tensors by name, packed or not.
-            source: Where they come from, for error messages.
-
-        Raises:
-            ValueError: If they are not the tensors of such an adapter.
+        A ValueError says that they are not the tensors of such an adapter, and names their `source`.
         """
         items = tensors.items() if isinstance(tensors, Mapping) else tensors
         return cls(copy.copy(config), *sort_tensors(config, items, source))
@@ -220,12 +207,7 @@ class Adapter:
 
     def increment_norms(self) -> dict[str, float]:
         """Frobenius norm of dW, scale included, by layer name. Only products of size r are computed."""
-        decomposition = DECOMPOSITIONS[self.config.decomposition]
-        terms = {
-            stack: decomposition.terms({letter: factor.to("cpu", torch.float64) for letter, factor in group.items()})
-            for stack, group in self.factors.items()
-        }
-        return increment_norms(terms, self.slices, self.config.scaling)
+        return DECOMPOSITIONS[self.config.decomposition].norms(self.factors, self.slices, self.config.scaling)
 
 
 def is_copied_bias(name: str) -> bool:

@@ -91,18 +91,6 @@ def increment_norm(U: Tensor, core: Tensor, V: Tensor, scale: float) -> float:
     return increment(R_U, core, R_V, scale).norm().item()
 
 
-def increment_norms(
-    terms: Mapping[str, tuple[Tensor, Tensor, Tensor]], slices: Mapping[str, Slices], scale: float
-) -> dict[str, float]:
-    """Frobenius norm of dW of every layer, from `Decomposition.terms` by stack and the slices by layer."""
-    norms = {}
-    for layer, owned in slices.items():
-        U, cores, V = terms[owned.stack]
-        core = core_matrix(core_grid(cores.narrow(0, owned.first, owned.count), owned))
-        norms[layer] = increment_norm(U, core, V, scale)
-    return norms
-
-
 def low_rank_pair(U: Tensor, core: Tensor, V: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Matrices A (q, a d) and B (b e, q) with dW^T = B A exactly and q = min(a, b) r: the increment as a LoRA pair."""
     num_in_blocks, num_out_blocks = core.shape[0] // U.shape[1], core.shape[1] // V.shape[1]
@@ -117,15 +105,11 @@ def block_diagonal(count: int, matrix: Tensor) -> Tensor:
 
 
 class Decomposition(ABC):
-    """How the cores Sigma_k of a stack are written. All decompositions have the same U and V.
+    """How the cores Sigma_k of a stack are written. All decompositions have the same U and V."""
 
-    Attributes:
-        title: What people call it.
-        core_factors: Names of the factors that make up the cores. The first axis of the last one counts the slices, and
-            every core is linear in it.
-    """
-
-    title: str
+    title: str  # what people call it
+    # Names of the factors that make up the cores. The first axis of the last one counts the slices, and every core is
+    # linear in it.
     core_factors: tuple[str, ...]
 
     @abstractmethod
@@ -133,11 +117,7 @@ class Decomposition(ABC):
         """Shapes of the `core_factors`, by name."""
 
     def step_norm(self, rank: int) -> float:
-        """Frobenius norm of the change of a core, if every number of the last core factor changes by 1.
-
-        From the orthogonal start this is the norm of the first change of dW_k / s per unit of AdamW's learning rate.
-        (In Tucker form the C[t] start with a norm of about 1.)
-        """
+        """Norm of the first change of dW_k / s from the orthogonal start, per unit of AdamW's learning rate."""
         return math.sqrt(math.prod(self.core_shapes(num_slices=1, rank=rank)[self.core_factors[-1]]))
 
     def init_core(self, factors: Mapping[str, Tensor]) -> None:
@@ -155,19 +135,30 @@ class Decomposition(ABC):
         slice_axis = -len(self.core_shapes(num_slices=1, rank=1)[last])
         return factors["U"], self.cores(factors, 0, factors[last].shape[slice_axis]), factors["V"]
 
+    def norms(
+        self, factors: Mapping[str, Mapping[str, Tensor]], slices: Mapping[str, Slices], scale: float
+    ) -> dict[str, float]:
+        """Frobenius norm of dW of every layer, from the factors by stack and the slices by layer."""
+        terms = {
+            stack: self.terms({name: factor.to("cpu", torch.float64) for name, factor in factors[stack].items()})
+            for stack in {owned.stack for owned in slices.values()}
+        }
+        norms = {}
+        for layer, owned in slices.items():
+            U, cores, V = terms[owned.stack]
+            core = core_matrix(core_grid(cores.narrow(0, owned.first, owned.count), owned))
+            norms[layer] = increment_norm(U, core, V, scale)
+        return norms
+
     def shapes(self, in_width: int, out_width: int, num_slices: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Shapes of all factors of a stack of `num_slices` slices of `in_width` x `out_width`, by name."""
         return {"U": (in_width, rank), "V": (out_width, rank), **self.core_shapes(num_slices, rank)}
 
     @torch.no_grad()
     def init(self, factors: Mapping[str, Tensor], how: bool | str) -> None:
-        """Initialise all factors of a stack in place.
+        """Initialise all factors of a stack in place, as `FacTConfig.init_weights` says.
 
-        Args:
-            factors: The factors, by name.
-            how: ``"orthogonal"``: U and V have orthonormal columns, and the cores are zero. True: as the authors do, U
-                as the weight of ``nn.Linear(d, r)``, the core by `init_core`, and V = 0. False: the same with V as the
-                weight of ``nn.Linear(r, e)``, so that dW is not zero.
+        The authors start U as the weight of ``nn.Linear(d, r)``; without V = 0, V is that of ``nn.Linear(r, e)``.
         """
         U, V = factors["U"], factors["V"]
         if how == "orthogonal":

@@ -1,7 +1,5 @@
 """Adapters as the pool holds them: a description, which never changes, and one vector with all numbers."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.adapter import Adapter
-from ..method.decomposition import DECOMPOSITIONS, Decomposition, increment_norms
+from ..method.decomposition import DECOMPOSITIONS, Decomposition
 from ..method.fused_linear import FactorBank, reordered
 from ..method.tensorization import Slices, slices_of
 
@@ -22,19 +20,12 @@ Tensors = Mapping[str, Mapping[str, Tensor]]  # the factors by stack and paper l
 
 @dataclass(frozen=True, eq=False)
 class AdapterSpec:
-    """Names and shapes of an adapter's tensors. The vectors of adapters with the same spec can be stacked.
+    """Names and shapes of an adapter's tensors. The vectors of adapters with the same spec can be stacked."""
 
-    Attributes:
-        slices: The slices of every adapted layer, by layer name.
-        decomposition: How the cores are written.
-        rank: Rank of the factors.
-        shapes: Shapes of the tensors in the order of the vector, under the keys of `Tensors`.
-    """
-
-    slices: Mapping[str, Slices]
+    slices: Mapping[str, Slices]  # by layer name
     decomposition: Decomposition
     rank: int
-    shapes: Mapping[str, Mapping[str, Shape]]
+    shapes: Mapping[str, Mapping[str, Shape]]  # in the order of the vector, under the keys of `Tensors`
 
     @cached_property
     def stacks(self) -> list[str]:
@@ -80,25 +71,16 @@ def to_vector(adapter: Adapter, dtype: torch.dtype) -> tuple[AdapterSpec, Tensor
 
 @dataclass(frozen=True, eq=False)
 class PooledAdapter:
-    """What the pool knows of an adapter. The vector of its numbers is in an `AdapterCache`.
-
-    Attributes:
-        spec: Names and shapes in the vector.
-        scale: The scale s.
-        labels: The class names; None if they are not known.
-        num_labels: The number of its logits.
-    """
+    """What the pool knows of an adapter. The vector of its numbers is in an `AdapterCache`."""
 
     spec: AdapterSpec
     scale: float
-    labels: list[str] | None
-    num_labels: int
+    labels: list[str] | None  # None if they are not known
+    num_labels: int  # the number of its logits
 
     def increment_norms(self, vector: Tensor) -> dict[str, float]:
         """Frobenius norm of dW, scale included, by layer name; `vector` has the adapter's numbers."""
-        tensors = self.spec.split(vector.cpu().double())
-        terms = {stack: self.spec.decomposition.terms(tensors[stack]) for stack in self.spec.stacks}
-        return increment_norms(terms, self.spec.slices, self.scale)
+        return self.spec.decomposition.norms(self.spec.split(vector), self.spec.slices, self.scale)
 
 
 class StackedAdapters:
