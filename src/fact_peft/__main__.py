@@ -1,7 +1,5 @@
 """``python -m fact_peft``: show, convert, merge and export adapters. ``--help`` lists the commands."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -4,8 +4,6 @@
 fact_peft raises an error with the name and the version.
 """
 
-from __future__ import annotations
-
 import pkgutil
 import warnings
 from importlib.metadata import version

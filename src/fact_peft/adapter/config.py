@@ -240,11 +240,7 @@ FacTConfig.scale = property(get_scale, set_scale)  # type: ignore[assignment]
 
 
 def fact_config(model: nn.Module, adapter_name: str) -> FacTConfig:
-    """The config of a FacT adapter of `model`.
-
-    Raises:
-        ValueError: If `model` has no adapter of this name, or it is one of another method.
-    """
+    """The config of a FacT adapter of `model`; a ValueError if it has no adapter of this name, or not of FacT."""
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
         raise ValueError(f"adapter_name={adapter_name!r} does not exist; the adapters are {sorted(configs)}.")

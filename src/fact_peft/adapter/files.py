@@ -29,11 +29,7 @@ ABANDONED_AFTER = 3600.0  # seconds, when what a killed process left is removed 
 def find_folder(
     source: str | Path, files: list[str], revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The local folder of an adapter: `source` itself, or the folder into which `files` of a repository are downloaded.
-
-    Raises:
-        ValueError: If `source` is neither a folder nor a name on the Hub.
-    """
+    """The local folder of an adapter: `source` itself, or that into which `files` of a repository are downloaded."""
     folder = Path(source)
     if folder.exists():
         return folder
@@ -46,9 +42,6 @@ def weights_files(adapter: str, subfolder: str | None = None, **download: Any) -
     """The files from which PEFT or transformers may load the weights of an adapter; empty if there are none yet.
 
     `adapter` is a folder, or a name on the Hub from which ``hf_hub_download`` fetches the file.
-
-    Raises:
-        ValueError: If a local folder has a safetensors file of another name only.
     """
     folder = Path(adapter, subfolder or "")
     if (folder / CONFIG_NAME).is_file():
@@ -67,11 +60,7 @@ def weights_files(adapter: str, subfolder: str | None = None, **download: Any) -
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of an adapter file, one at a time.
-
-    Raises:
-        ValueError: If the file cannot be read to its end.
-    """
+    """Names and tensors of an adapter file, one at a time."""
     try:
         if file.name == WEIGHTS_NAME:
             for key, tensor in torch.load(file, map_location="cpu", weights_only=True).items():

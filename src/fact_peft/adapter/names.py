@@ -46,17 +46,11 @@ def is_of_inner_adapter(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Renaming:
-    """From the names that an adapter was saved with to those of a model.
+    """From the names that an adapter was saved with to those of a model."""
 
-    Attributes:
-        removed: Prefix of the saved names that the model's names do not have, with its dot.
-        added: Prefix of the model's names that the saved names do not have, with its dot.
-        left_out: Saved names of the modules trained in full that the model does not have.
-    """
-
-    removed: str = ""
-    added: str = ""
-    left_out: tuple[str, ...] = ()
+    removed: str = ""  # prefix of the saved names that the model's names do not have, with its dot
+    added: str = ""  # prefix of the model's names that the saved names do not have, with its dot
+    left_out: tuple[str, ...] = ()  # saved names of the modules trained in full that the model does not have
 
     @property
     def changes_names(self) -> bool:

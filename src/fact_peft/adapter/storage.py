@@ -71,11 +71,7 @@ def pack(tensor: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The float32 tensor, on the CPU, that `pack` stored.
-
-    Raises:
-        ValueError: If these are not the bytes of a packed tensor of this version, whole and without surplus.
-    """
+    """The float32 tensor, on the CPU, that `pack` stored; a ValueError if the bytes are not exactly those of one."""
     data = packed.detach().cpu().contiguous()
     bits, group, shape = read_preamble(data)
     count = math.prod(shape)
@@ -107,11 +103,7 @@ def is_packed(tensor: Tensor) -> bool:
 
 
 def read_preamble(packed: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """Bits, numbers in a group and shape of a packed tensor.
-
-    Raises:
-        ValueError: If it does not begin as one, or is of another version.
-    """
+    """Bits, numbers in a group and shape of a packed tensor."""
     if not is_packed(packed) or len(packed) < PREAMBLE.size:
         raise ValueError(f"no packed tensor, which begins with {MAGIC.decode()}")
     _, version, bits, group, num_dimensions, checksum = PREAMBLE.unpack(bytes(packed[: PREAMBLE.size].tolist()))
@@ -180,9 +172,6 @@ def to_storage(
 
     Integers stay as they are, and so do tensors that hold NaN or infinity: these are masks, or are refused when they
     are loaded. Tensors without numbers stay too, such as those that ZeRO-3 keeps on other processes.
-
-    Raises:
-        ValueError: If a number is too large for float16.
     """
     if storage is None or _EXACT.get() or not tensor.is_floating_point():
         return tensor
@@ -201,11 +190,7 @@ def to_storage(
 
 
 def from_storage(name: str, tensor: Tensor) -> Tensor:
-    """A saved tensor as floats.
-
-    Raises:
-        ValueError: If it is packed and damaged, or of a later version of the format.
-    """
+    """A saved tensor as floats."""
     if not is_packed(tensor):
         return tensor
     try:

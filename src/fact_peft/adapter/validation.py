@@ -48,11 +48,6 @@ def sort_tensors(
     """The factors by stack and paper letter, and all other trained tensors by name, as floats.
 
     `tensors` have the names that PEFT saves them under; error messages say that they come from `source`.
-
-    Raises:
-        ValueError: If the config has no layout; if a factor is missing, of another shape, not of floats or not finite;
-            if a tensor holds NaN, is packed in other bits than the config says, or belongs neither to the factors, nor
-            to `modules_to_save`, nor to the biases, nor to an adapter inside the model.
     """
     if config.layout is None:
         raise ValueError(
@@ -136,11 +131,7 @@ def check_saved_weights(
 ) -> frozenset[str] | None:
     """Check the weights beside a saved config, on disk or on the Hub, as `sort_tensors` and `check_pair` do.
 
-    Returns:
-        The names of the trained tensors other than the factors; None if there are no weights.
-
-    Raises:
-        ValueError: As these functions, or if a file is damaged or renamed.
+    Returned are the names of the trained tensors other than the factors; None if there are no weights.
     """
     others = None
     for file in weights_files(adapter, subfolder, **download):
@@ -171,9 +162,6 @@ def check_pair(config: FacTConfig, file: Path) -> None:
     """Refuse weights beside a config or image processor of another save, as an interrupted save may leave them.
 
     Weights that PEFT wrote have no record and are not checked.
-
-    Raises:
-        ValueError: If they do not belong together; says how to complete the save if the rest of it is still there.
     """
     recorded, folder = read_metadata(file), file.parent
     if "config" not in recorded:

@@ -1,7 +1,4 @@
-"""What FacT adapts when the user names nothing: the linear layers of the transformer blocks.
-
-Found by structure, since names differ from model to model and from release to release.
-"""
+"""What FacT adapts when the user names nothing: the linear layers of the transformer blocks, found by structure."""
 
 import re
 from collections import Counter
@@ -109,9 +106,6 @@ def token_linears(block: nn.Module, name: str) -> dict[str, tuple[int, int]]:
 
 
 def find_block_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Shapes (in_features, out_features) of the linear layers inside the repeated blocks of `model`, by name.
-
-    Head, patch embedding and patch merging are not among them. The result is empty if the model has no blocks.
-    """
+    """Shapes (in_features, out_features) of the linear layers inside the repeated blocks of `model`, by name."""
     blocks = find_blocks(model)
     return {layer: shape for name, block in blocks.items() for layer, shape in token_linears(block, name).items()}

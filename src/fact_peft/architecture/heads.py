@@ -76,11 +76,7 @@ def num_outputs(head: nn.Module) -> int | None:
 
 
 def fitting_labels(labels: list[str] | None, model: nn.Module, heads: Mapping[str, nn.Module]) -> list[str] | None:
-    """The labels of an adapter that trains `heads` of `model`: `labels`, or if None those in the model's config.
-
-    Raises:
-        ValueError: If no head has as many outputs as there are `labels`.
-    """
+    """The labels of an adapter that trains `heads` of `model`: `labels`, or if None those in the model's config."""
     outputs = {name: count for name, head in heads.items() if (count := num_outputs(head)) is not None}
     if labels is None:
         names = named_labels(model)

@@ -105,7 +105,7 @@ def find_linears(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, in
     for name, child in walk(module, prefix):
         if isinstance(child, nn.MultiheadAttention):
             if type(child) in (nn.MultiheadAttention, OpenAttention) and child._qkv_same_embed_dim:
-                shapes[f"{name}.{IN_PROJ}"] = in_proj_shape(child)
+                shapes[f"{name}.{IN_PROJ}"] = child.embed_dim, 3 * child.embed_dim
             else:
                 never_called.update(f"{name}.{child_name}" for child_name, _ in walk(child))
         shape = linear_shape(child)
@@ -149,11 +149,6 @@ def check_order(model: nn.Module, parts: Mapping[str, str]) -> None:
         )
 
 
-def in_proj_shape(attention: nn.MultiheadAttention) -> tuple[int, int]:
-    """(in_features, out_features) of the q, k and v projections together."""
-    return attention.embed_dim, 3 * attention.embed_dim
-
-
 def open_attentions(model: nn.Module, layers: Iterable[str]) -> None:
     """Open, in place, every attention whose `in_proj` is among the names `layers`."""
     for name in layers:
@@ -161,8 +156,8 @@ def open_attentions(model: nn.Module, layers: Iterable[str]) -> None:
         attention = model.get_submodule(parent)
         if child != IN_PROJ or type(attention) is not nn.MultiheadAttention:
             continue
-        bias: nn.Parameter | None = attention.in_proj_bias
-        linear = nn.Linear(*in_proj_shape(attention), bias=bias is not None, device="meta").train(attention.training)
+        width, bias = attention.embed_dim, attention.in_proj_bias
+        linear = nn.Linear(width, 3 * width, bias=bias is not None, device="meta").train(attention.training)
         linear.weight = attention.in_proj_weight
         if bias is not None:
             linear.bias = bias

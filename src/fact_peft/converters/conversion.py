@@ -1,7 +1,5 @@
 """From a checkpoint of another implementation of FacT to an adapter."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from collections.abc import Iterable, Mapping

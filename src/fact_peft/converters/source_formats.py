@@ -14,8 +14,6 @@ MA-SAM and micro-sam adapt q and v in blocks of the image encoder of ``segment_a
 prompt encoder and mask decoder in full.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,23 +35,14 @@ FROZEN_BY_MICRO_SAM = re.compile(
 
 @dataclass(frozen=True)
 class SourceLayer:
-    """One linear layer of another implementation: y = x (W + dW), where slice k of dW is s U Sigma_k V^T.
-
-    Attributes:
-        in_features: Inputs of the layer.
-        out_features: Outputs of the layer.
-        U: (d, r), shared by all layers of its stack.
-        V: (e, r), shared by all layers of its stack.
-        cores: Sigma_k (slices, r, r), row-major over (input block, output block).
-        parts: Which of q, k and v have slices; empty if the whole layer has.
-    """
+    """One linear layer of another implementation: y = x (W + dW), where slice k of dW is s U Sigma_k V^T."""
 
     in_features: int
     out_features: int
-    U: Tensor
-    V: Tensor
-    cores: Tensor
-    parts: str = ""
+    U: Tensor  # (d, r), shared by all layers of its stack
+    V: Tensor  # (e, r), shared by all layers of its stack
+    cores: Tensor  # Sigma_k (slices, r, r), row-major over (input block, output block)
+    parts: str = ""  # which of q, k and v have slices; empty if the whole layer has
 
 
 Read = tuple[dict[str, SourceLayer], dict[str, Tensor]]  # the layers and the tensors of the heads, by name
@@ -155,19 +144,12 @@ def take_modules(tensors: dict[str, Tensor], *modules: str) -> dict[str, Tensor]
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """How another implementation of FacT saves its checkpoints.
+    """How another implementation of FacT saves its checkpoints."""
 
-    Attributes:
-        read: Returns the layers and heads of a checkpoint, and removes from the tensors what it knows.
-        scale: The factor s, if the implementation has a fixed one; None if every run has its own.
-        share: Which layers share U and V, as `FacTConfig.share`.
-        state: Key of the checkpoint under which the tensors are; empty if they are at its top.
-    """
-
-    read: Callable[[dict[str, Tensor]], Read]
-    scale: float | None = None
-    share: Literal["model", "block"] = "model"
-    state: str = ""
+    read: Callable[[dict[str, Tensor]], Read]  # removes from the tensors what it knows
+    scale: float | None = None  # the factor s, if the implementation has a fixed one; None if every run has its own
+    share: Literal["model", "block"] = "model"  # which layers share U and V, as `FacTConfig.share`
+    state: str = ""  # key of the checkpoint under which the tensors are; empty if they are at its top
 
 
 FORMATS = {

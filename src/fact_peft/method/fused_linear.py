@@ -125,17 +125,8 @@ class FusedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        U: Tensor,
-        core: Tensor,
-        V: Tensor,
-        scale: float,
-        noise: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, weight, bias, U, core, V, scale, noise = args
         rows = x.reshape(-1, x.shape[-1])
         y = nn.functional.linear(rows, weight, bias)  # first, so that an x of another width is refused by the weight
         h_0, h = read(rows, U, core, noise)
@@ -188,17 +179,11 @@ def sum_of_products(wide: Tensor, narrow: Tensor, factor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FactorBank:
-    """The factors of several adapters, or of every image of a batch, in one stack of slices.
+    """The factors of several adapters, or of every image of a batch, in one stack of slices."""
 
-    Attributes:
-        U: (n, d, r).
-        cores: (n, N, r, r), scales included.
-        V: (n, e, r).
-    """
-
-    U: Tensor
-    cores: Tensor
-    V: Tensor
+    U: Tensor  # (n, d, r)
+    cores: Tensor  # (n, N, r, r), scales included
+    V: Tensor  # (n, e, r)
 
     @classmethod
     def empty(cls, n: int) -> FactorBank:
@@ -270,14 +255,9 @@ def read_per_image(x: Tensor, U: Tensor) -> Tensor:
 
 
 def write_per_image(h: Tensor, cores: Tensor, V: Tensor, onto: Tensor, in_place: bool = False) -> Tensor:
-    """onto_i + h_i Core_i (I_b (x) V_i)^T for every image.
+    """onto_i + h_i Core_i (I_b (x) V_i)^T for every image, where h is what `read_per_image` returns.
 
-    Args:
-        h: What `read_per_image` returns, (B, M, a r).
-        cores: The cores of a layer's slices, scale included, (B, a, b, r, r).
-        V: (B, e, r).
-        onto: (B, M, b e).
-        in_place: Whether to write the sum into `onto`, which must be contiguous.
+    From h (B, M, a r), cores (B, a, b, r, r) and V (B, e, r) to `onto` (B, M, b e), contiguous if written `in_place`.
     """
     num_images, out_width, rank = V.shape
     h = torch.bmm(h, core_matrix(cores)).view(num_images, -1, rank).to(onto.dtype)

@@ -14,8 +14,6 @@ Letters: d inputs of a slice, e outputs of a slice, a and b input and output blo
 p = r + `OVERSAMPLING` columns, unless the slice is narrower.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch
@@ -28,33 +26,23 @@ OVERSAMPLING = 8  # columns in addition to the rank, as Halko, Martinsson and Tr
 
 
 class GradientSketch:
-    """The products of the gradients of one stack's slices with a few columns.
+    """The products of the gradients of one stack's slices, of `shape` (N, d, e), with a few columns.
 
-    Args:
-        shape: (N, d, e).
-        rank: r.
-        generator: The generator, on the CPU, that draws L and R.
-        like: A tensor on the device of the products. They are in float32, or in its dtype if that is more precise.
-
-    Attributes:
-        left: L (d, p).
-        right: R (e, p).
-        products: G_k^T L of all slices, (N, e, p), and G_k R of all slices, (N, d, p).
-        weights: The factor for the gradient of each slice, (N,), see `scale_layers`.
+    They are on the device of `like`, in float32 or in its dtype if that is more precise.
     """
 
     def __init__(self, shape: tuple[int, int, int], rank: int, generator: torch.Generator, like: Tensor) -> None:
         num_slices, in_width, out_width = shape
         dtype = torch.promote_types(like.dtype, torch.float32)
-        self.left, self.right = (
+        self.left, self.right = (  # L (d, p) and R (e, p)
             random_orthonormal(width, min(rank + OVERSAMPLING, width), generator).to(like.device, dtype)
             for width in (in_width, out_width)
         )
-        self.products = (
+        self.products = (  # G_k^T L of all slices (N, e, p), and G_k R of all slices (N, d, p)
             self.right.new_zeros(num_slices, out_width, self.left.shape[1]),
             self.left.new_zeros(num_slices, in_width, self.right.shape[1]),
         )
-        self.weights = torch.ones(num_slices, dtype=torch.float64)
+        self.weights = torch.ones(num_slices, dtype=torch.float64)  # of the gradient of each slice
 
     def add(self, slices: Slices, x: Tensor, g: Tensor) -> None:
         """Add x^T g of a layer, where x (..., a d) is its input and g (..., b e) the gradient of its output."""

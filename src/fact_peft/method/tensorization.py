@@ -30,26 +30,15 @@ WHOLE: Mapping[str, str] = MappingProxyType({})  # every layer is adapted as a w
 
 @dataclass(frozen=True)
 class Slices:
-    """The slices of one linear layer.
+    """The slices of one linear layer."""
 
-    Attributes:
-        stack: Name of the stack that holds them: the shape of its slices, such as ``"768x768"``, and with
-            ``share="block"`` also the block, such as ``"768x768@blocks-3"``.
-        in_width: Inputs of one slice.
-        out_width: Outputs of one slice.
-        first: Position of the layer's first slice in the stack.
-        num_in_blocks: Number of slices along the input of the layer (the ``a`` of ``in = a * d``).
-        num_out_blocks: Number of slices along its output (the ``b`` of ``out = b * d``).
-        parts: Which of q, k and v have slices, such as ``"qv"``. Empty if the whole layer has.
-    """
-
-    stack: str
-    in_width: int
-    out_width: int
-    first: int
-    num_in_blocks: int
-    num_out_blocks: int
-    parts: str = ""
+    stack: str  # the shape of its slices, such as "768x768"; with share="block" also the block: "768x768@blocks-3"
+    in_width: int  # inputs of one slice
+    out_width: int  # outputs of one slice
+    first: int  # position of the layer's first slice in the stack
+    num_in_blocks: int  # slices along the input of the layer, the a of in = a * d
+    num_out_blocks: int  # slices along its output, the b of out = b * d
+    parts: str = ""  # which of q, k and v have slices, such as "qv"; empty if the whole layer has
 
     @property
     def out_blocks(self) -> list[int]:
@@ -90,14 +79,8 @@ def tensorize(
 ) -> dict[str, Slices]:
     """The slices of every linear layer, by layer name.
 
-    Args:
-        linear_shapes: (in_features, out_features) by layer name, in the order of the model.
-        parts: Which of q, k and v are adapted, such as ``"qv"``, by the name of each layer that is adapted in part.
-        share: ``"model"`` for one stack of all slices of one shape, ``"block"`` for one in every block.
-
-    Raises:
-        ValueError: If the slices of a layer in `parts` do not divide into q, k and v; or with ``share="block"``, if a
-            layer is in no block, or the names of two blocks differ only in dots and dashes.
+    `linear_shapes` has (in_features, out_features) by layer name, in the order of the model, and `parts` which of q, k
+    and v are adapted, such as ``"qv"``, of each layer that is adapted in part. `share` is that of `FacTConfig`.
     """
     sizes: Counter[str] = Counter()
     blocks: dict[str, str] = {}
@@ -134,11 +117,7 @@ def tensorize(
 
 @lru_cache(maxsize=8)
 def slices_of(layout: tuple[str, ...], share: str = "model") -> Mapping[str, Slices]:
-    """`tensorize` of a layout from `describe_layout`. It is cached because thousands of adapters share a layout.
-
-    Raises:
-        ValueError: As `read_layout` and `tensorize`.
-    """
+    """`tensorize` of a layout from `describe_layout`. It is cached because thousands of adapters share a layout."""
     return MappingProxyType(tensorize(*read_layout(layout), share))
 
 
@@ -200,11 +179,7 @@ def describe_layout(linear_shapes: Mapping[str, tuple[int, int]], parts: Mapping
 
 
 def read_layout(lines: Iterable[str]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """The inverse of `describe_layout`: (in_features, out_features) by layer name, in order, and the parts by name.
-
-    Raises:
-        ValueError: If a line is of another form, a layer is listed twice, or there are more than `MAX_LAYERS`.
-    """
+    """The inverse of `describe_layout`: (in_features, out_features) by layer name, in order, and the parts by name."""
     linear_shapes: dict[str, tuple[int, int]] = {}
     parts: dict[str, str] = {}
     for line in lines:

@@ -1,8 +1,4 @@
-"""An adapter in other forms: as a LoRA adapter, exactly, and with its base model as an ONNX file.
-
-The dW of a layer has rank r, since a layer is one slice high or one slice wide. So it is a LoRA of rank r without
-approximation, which can be served where only LoRA is known. It has more parameters, since a LoRA shares nothing.
-"""
+"""An adapter in other forms: as a LoRA adapter, exactly, and with its base model as an ONNX file."""
 
 import os
 from pathlib import Path
@@ -83,11 +79,7 @@ def save_as_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
 
 
 def adapted_attentions(model: nn.Module, pairs: Pairs) -> list[str]:
-    """Names of the ``nn.MultiheadAttention`` modules whose q, k and v have a pair.
-
-    Raises:
-        ValueError: If an output projection has one.
-    """
+    """Names of the ``nn.MultiheadAttention`` modules whose q, k and v have a pair; output projections are refused."""
     attentions = []
     for full_name, module in model.named_modules():
         name = full_name.removeprefix(PREFIX)
@@ -133,16 +125,7 @@ class Logits(nn.Module):
 
 
 def export_onnx(model: nn.Module, image_processor: Any, file: Path) -> None:
-    """Export a classifier, adapted or merged, as an ONNX file that takes batches of any number of images.
-
-    Args:
-        model: A classifier of transformers, or one that returns logits.
-        image_processor: Its image processor, from which the size of the images is taken.
-        file: The file to write.
-
-    Raises:
-        ImportError: If the packages ``onnx`` and ``onnxscript`` are not installed.
-    """
+    """Export a classifier as an ONNX file that takes batches of any number of images, of its image processor's size."""
     from PIL import Image  # not every user of the package has it
 
     pixel_values = image_processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]

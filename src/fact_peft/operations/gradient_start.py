@@ -207,9 +207,8 @@ def watched(
 ) -> Iterator[list[Tensor]]:
     """Within the context, a backward pass adds the gradients of every layer to the sketch of its stack.
 
-    Yields:
-        A list to which a forward pass appends the tensors whose gradients must be computed: the inputs of the first
-        layers, since nothing before them needs a gradient, and weights that are read without a call of their layer.
+    A forward pass appends to the list the tensors whose gradients must be computed: the inputs of the first layers,
+    since nothing before them needs a gradient, and weights that are read without a call of their layer.
     """
     reached: list[Tensor] = []
 
@@ -261,8 +260,7 @@ def write(sketches: Mapping[FacTStack, GradientSketch], adapter_name: str, gener
             continue
         factors = stack.factors(adapter_name)
         rank = factors["U"].shape[1]
-        found = dict(zip("UV", sketch.directions(rank), strict=True))
-        for letter, directions in found.items():
+        for letter, directions in zip("UV", sketch.directions(rank), strict=True):
             factors[letter].copy_(directions @ random_orthonormal(rank, rank, generator))
             if distributed.is_available() and distributed.is_initialized():
                 distributed.broadcast(factors[letter], src=0)  # processors may round differently

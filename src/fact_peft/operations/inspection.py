@@ -22,19 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskBytes:
-    """Bytes of the two files of an adapter on disk.
+    """Bytes of the two files of an adapter on disk."""
 
-    Attributes:
-        factors: The factors, scales of packed numbers included.
-        others: The other trained tensors: head and biases.
-        header: Names and shapes in the safetensors file.
-        config: ``adapter_config.json``.
-    """
-
-    factors: int
-    others: int
-    header: int
-    config: int
+    factors: int  # scales of packed numbers included
+    others: int  # the other trained tensors: head and biases
+    header: int  # names and shapes in the safetensors file
+    config: int  # adapter_config.json
 
     @property
     def total(self) -> int:

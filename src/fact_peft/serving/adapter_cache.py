@@ -1,9 +1,4 @@
-"""Where the numbers of adapters are: on the device, in host memory or on disk.
-
-When the device or host memory has more adapters than it may, the least recently used one moves to the next place.
-"""
-
-from __future__ import annotations
+"""Where the numbers of adapters are: the least recently used ones move from the device to host memory and to disk."""
 
 import shutil
 import weakref

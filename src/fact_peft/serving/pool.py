@@ -1,7 +1,5 @@
 """Thousands of adapters with their heads and labels on one frozen model, for inference."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

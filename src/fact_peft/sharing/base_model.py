@@ -4,8 +4,6 @@ A timm model has transformers' ``TimmWrapperImageProcessor``. Its file holds tim
 standard deviation, interpolation, crop), and the arguments that ``timm.create_model`` built the model with.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from pathlib import Path

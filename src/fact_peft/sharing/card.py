@@ -1,7 +1,5 @@
 """The model card of a saved adapter, written from the files beside it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

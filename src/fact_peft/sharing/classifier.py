@@ -1,7 +1,5 @@
 """Save, load and push an image classifier: adapter, head, labels, image processor and model card together."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,13 +19,7 @@ from ..adapter.files import find_folder, replacing_files
 from ..adapter.names import is_hub_id
 from ..architecture.heads import label_settings
 from ..upstream import accept_in_pipeline
-from .base_model import (
-    find_image_processor,
-    load_base,
-    load_image_processor,
-    name_of_timm_model,
-    save_image_processor,
-)
+from .base_model import find_image_processor, load_base, load_image_processor, name_of_timm_model, save_image_processor
 from .card import CARD, check_metrics, write_model_card
 
 FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, IMAGE_PROCESSOR_NAME]

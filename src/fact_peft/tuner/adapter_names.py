@@ -1,13 +1,4 @@
-"""One adapter per image of a batch: ``model(pixel_values=..., adapter_names=["a", "b", "__base__"])``.
-
-An image can have its own adapter only if the model keeps the rows of each image together. A layer sees rows, not
-images. Most models have one row, or one table of rows, per image in front; Swin folds the windows of an image into the
-first axis, image by image. Others put all images before all mirrored ones, or the tokens before the images, and no
-shape tells these apart. `check_batch_axis` therefore tests a model once for every shape of its inputs: the adapters of
-images 0, 2, 4... give NaN in one call, and the outputs of images 1, 3, 5... must be free of it.
-"""
-
-from __future__ import annotations
+"""One adapter per image of a batch: ``model(pixel_values=..., adapter_names=["a", "b", "__base__"])``."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,17 +29,9 @@ _CHECKED: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 def using_adapters(
     model: nn.Module, adapter_names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Within the context, `model` uses the named adapter for each image, in this thread.
+    """Within the context, `model` uses the named adapter for each image, in this thread; ``"__base__"`` is none.
 
-    Args:
-        model: The adapted model.
-        adapter_names: One per image; ``"__base__"`` for none.
-        args: The positional arguments that `model` will be called with.
-        kwargs: The keyword arguments, including those for PEFT.
-
-    Raises:
-        ValueError: If the names are not one per image, the model is training, has merged adapters or does not keep the
-            rows of each image together, or a name is unknown.
+    `args` and `kwargs` are those that `model` will be called with, including arguments for PEFT.
     """
     layers = [module for module in model.modules() if isinstance(module, FacTLinear)]
     check_names(adapter_names, {BASE}.union(*(layer.fact_slices for layer in layers)))
@@ -138,10 +121,9 @@ def common_slices(adapters: Sequence[Owned]) -> Owned:
 def check_batch_axis(model: nn.Module, batch: MixedBatch, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse a model in which an image is computed with the adapter of another image.
 
-    The model is called once with `args` and `kwargs` for each combination of input shapes and adapted layers.
-
-    Raises:
-        ValueError: If images are mixed up, or `model` has no output from which this can be told.
+    A layer sees rows, not images, and no shape tells whether the rows of an image are together. So the model is called
+    once with `args` and `kwargs` for each combination of input shapes and adapted layers: the adapters of images 0, 2,
+    4... give NaN in this call, and the outputs of images 1, 3, 5... must be free of it.
     """
     inputs = tuple(described(leaf, batch.num_images) for leaf in tree_leaves((args, dict(kwargs))))
     key = (batch.modules, frozenset(batch.slices), inputs)
@@ -151,16 +133,10 @@ def check_batch_axis(model: nn.Module, batch: MixedBatch, args: Sequence[Any], k
     with torch.no_grad(), calling_with(replace(batch, poisoned=True)):
         outputs = list(of_odd_images(model(*args, **kwargs), batch.num_images))
     if not outputs or any(output.isnan().any() for output in outputs):
+        none = f"it gives no tensor with a first axis of {batch.num_images} images, by which to check that they do"
         raise ValueError(
-            f"{type(model).__name__} cannot have one adapter per image: "
-            + (
-                "its layers do not have the rows of each image together in front, as when all images come before all "
-                "mirrored ones or tokens before images, and an image would meet the adapter of another one."
-                if outputs
-                else f"it gives no tensor with a first axis of {batch.num_images} images, by which to check that no "
-                "image meets the adapter of another one."
-            )
-            + " Call it with the images of one adapter at a time."
+            f"{type(model).__name__} cannot have one adapter per image: its layers must have the rows of each image "
+            f"together in front, and {'they do not' if outputs else none}. Call it with the images of one adapter."
         )
     checked.add(key)
 

@@ -4,8 +4,6 @@ With U = [U_1 ... U_n], V = [V_1 ... V_n] and a block-diagonal core whose block 
 U Sigma_k V^T is the sum of the adapters' increments times their weights.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -76,11 +74,7 @@ def weighted_sum(
 
 
 def sum_of_model(model: nn.Module, adapter_names: Sequence[str], weights: Sequence[float]) -> Adapter:
-    """`weighted_sum` of adapters of `model`.
-
-    Raises:
-        ValueError: As `weighted_sum`, or if an adapter is unknown or named twice.
-    """
+    """`weighted_sum` of adapters of `model`."""
     if len(set(adapter_names)) < len(adapter_names):
         raise ValueError(f"adapters={adapter_names!r} names one adapter twice; add up its weights.")
     heads = {

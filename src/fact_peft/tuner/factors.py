@@ -7,7 +7,6 @@ it is counted, saved, sharded and synchronised once, whichever wrapper (DDP, FSD
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from ..adapter.storage import bits_of
 from ..method.decomposition import DECOMPOSITIONS, Decomposition
 from ..method.tensorization import Slices
 
-logger = logging.getLogger(__name__)
 # The core factors of all decompositions.
 CORE_FACTORS = tuple(dict.fromkeys(name for member in DECOMPOSITIONS.values() for name in member.core_factors))
 
@@ -66,18 +64,13 @@ class SharedFactors(nn.ModuleDict):
     As the last child they are also the last that ``model.train()`` reaches. They then put frozen layers with running
     statistics, such as ``nn.BatchNorm2d``, back into evaluation mode, since changed statistics would not be saved with
     the adapter.
-
-    Attributes:
-        configs: The model's own config of each adapter.
-        hook: The handle of the model's hook that announces its state dicts, see `warn_if_alone`.
-        frozen_norms: The layers to keep in evaluation mode.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.configs = Configs()
-        self.hook: RemovableHandle | None = None
-        self.frozen_norms: list[nn.Module] = []  # a list hides them from nn.Module
+        self.configs = Configs()  # the model's own config of each adapter
+        self.hook: RemovableHandle | None = None  # of the model, announces its state dicts, see `warn_if_alone`
+        self.frozen_norms: list[nn.Module] = []  # to keep in evaluation mode; a list hides them from nn.Module
 
     def keep_statistics(self, model: nn.Module) -> None:
         """Keep the running statistics of `model` from now on, except in modules that are trained in full."""
@@ -86,8 +79,6 @@ class SharedFactors(nn.ModuleDict):
             for name, module in model.named_modules()
             if hasattr(module, "running_mean") and ".modules_to_save." not in f".{name}"
         ]
-        if self.frozen_norms:
-            logger.info("%d frozen layers with running statistics stay in evaluation mode.", len(self.frozen_norms))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -121,18 +112,8 @@ class FacTStack(nn.Module, FacTLayer):
     """The factors of all slices of one shape, for every adapter of the model.
 
     Each factor is a dict from adapter name to parameter, named after the paper: ``fact_U`` (d, r), ``fact_V`` (e, r),
-    ``fact_Sigma`` (N, r, r) for tensor-train, ``fact_C`` (r, r, r) and ``fact_P`` (N, r) for Tucker.
-
-    Args:
-        in_features: Inputs d of one slice.
-        out_features: Outputs e of one slice.
-        configs: The config of every adapter of the model, see `SharedFactors`.
-
-    Attributes:
-        copies: The factors of merged adapters, as they were when they were merged.
-        num_merged: How many layers have merged an adapter.
-        unloaded: The saved adapters whose numbers are still to be loaded, each with the parameters that were trained
-            before it was added. They are trained again if the numbers are refused.
+    ``fact_Sigma`` (N, r, r) for tensor-train, ``fact_C`` (r, r, r) and ``fact_P`` (N, r) for Tucker. `in_features` and
+    `out_features` are d and e.
     """
 
     adapter_layer_names = ("fact_U", "fact_V", *(f"fact_{name}" for name in CORE_FACTORS))
@@ -149,8 +130,10 @@ class FacTStack(nn.Module, FacTLayer):
         self.in_features, self.out_features, self.configs = in_features, out_features, configs
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.copies: dict[str, dict[str, Tensor]] = {}
-        self.num_merged: Counter[str] = Counter()
+        self.copies: dict[str, dict[str, Tensor]] = {}  # the factors of merged adapters, as they were when merged
+        self.num_merged: Counter[str] = Counter()  # how many layers have merged an adapter
+        # The saved adapters whose numbers are still to be loaded, each with the parameters that were trained before it
+        # was added. They are trained again if the numbers are refused.
         self.unloaded: dict[str, list[nn.Parameter]] = {}
 
     def add_adapter(self, adapter_name: str, config: FacTConfig, num_slices: int) -> None:

@@ -1,7 +1,5 @@
 """The trained head: PEFT's wrapper, which can also give every image of a batch the head of its own adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Sequence
 from typing import Any
 
@@ -24,15 +22,10 @@ class FacTHead(ModulesToSaveWrapper):
 
     PEFT's own wrapper gets the adapters of a batch from a hook on this module, which concurrent calls would share, and
     requires outputs of one size.
-
-    Attributes:
-        configs: The model's own config of each adapter, see `SharedFactors`.
-        is_classifier: Whether its output is an output of the model, which stays in float32. Other outputs are cast back
-            to half precision for the layers that follow.
     """
 
-    configs: dict[str, FacTConfig]
-    is_classifier: bool
+    configs: dict[str, FacTConfig]  # the model's own, see `SharedFactors`
+    is_classifier: bool  # its output is one of the model and stays in float32; others are cast back to half precision
 
     def _get_name(self) -> str:
         return str(ModulesToSaveWrapper.__name__)  # as in PEFT's messages and in printed models
@@ -88,10 +81,6 @@ class FacTHead(ModulesToSaveWrapper):
 
         `heads` has one head for each adapter of the batch. In the input x (R, ...), every image has the same number of
         rows.
-
-        Raises:
-            TypeError: If a head does not give one output per input, or takes more than one tensor.
-            ValueError: If the sizes differ and the model will compute a loss.
         """
         x = batch.poison(x)
         if all(is_plain(head) for head in heads):

@@ -1,7 +1,5 @@
 """The adapted linear layer: a frozen layer plus the increments from its slices of the shared stacks."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -220,11 +218,7 @@ class FacTLinear(nn.Module, FacTLayer):
 
     @ordinary_tensors()
     def merged_weight(self, adapter_name: str, check: bool = False) -> Tensor:
-        """The base weight plus the increment: added in float32 or better, then cast back.
-
-        Raises:
-            ValueError: With `check`, if the result holds NaN or infinity.
-        """
+        """The base weight plus the increment: added in float32 or better, then cast back, and with `check` finite."""
         merged = self._weight_plus(self._delta_weight(adapter_name))
         if check and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")

@@ -1,7 +1,5 @@
 """The adapters of a model: which it has, whether they can be merged, how they are saved, loaded and removed."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,11 +53,7 @@ def check_not_merged(model: nn.Module, adapter_name: str, change: str) -> None:
 
 
 def check_mergeable(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
-    """Check every layer before the first one is merged; the arguments are those of `FacTModel.merge_adapter`.
-
-    Raises:
-        ValueError: If a weight cannot take an increment, or with `safe_merge`, if a merged weight would not be finite.
-    """
+    """Check every layer before the first one is merged; the arguments are those of `FacTModel.merge_adapter`."""
     for path, layer in model.named_modules():
         if not isinstance(layer, FacTLinear):
             continue
@@ -176,10 +170,6 @@ def checked_state_dict(
 
     PEFT has already renamed the heads in `state_dict`; `remap` is its function for the other names. `biases` are the
     names of the biases that the adapter trains.
-
-    Raises:
-        ValueError: If the adapter is merged; a factor is missing, not of floats or not finite; a factor or head has
-            another shape than in the model; or there are tensors that belong to neither.
     """
     check_not_merged(model, adapter_name, "overwritten")
     renamed = config.renaming.tensors(state_dict)

@@ -49,40 +49,27 @@ ALLOWED = {
 
 @dataclass(eq=False)
 class MixedBatch:
-    """Where the layers and heads of one call get the factors and weights of every image.
+    """Where the layers and heads of one call get the factors and weights of every image."""
 
-    Attributes:
-        places: For every image, the index of its adapter among the adapters of the batch.
-        make_bank: Returns the factors of all images in a stack, on a device and in a dtype; None if no adapter has any.
-        modules: The layers and heads of the model that is called; None for all. A second model that is called inside
-            the first is not concerned.
-        slices: The slices of every layer, by stack, for layers that do not know them.
-        heads: Weight (images, out, in) and bias (images, out) or None, by name, for heads that do not know them.
-        names: The names of the adapters, for layers and heads that know adapters by name.
-        has_labels: Whether the model will compute a loss.
-        poisoned: Whether the layers write NaN into every other image, to see where its rows go; see `check_batch_axis`.
-    """
-
-    places: Sequence[int]
+    places: Sequence[int]  # for every image, the index of its adapter among the adapters of the batch
+    # Returns the factors of all images in a stack; None if no adapter has any.
     make_bank: Callable[[Any, torch.device, torch.dtype], FactorBank | None]
-    modules: frozenset[nn.Module] | None = None
+    modules: frozenset[nn.Module] | None = None  # of the model that is called, not of one inside it; None for all
     _: KW_ONLY
-    slices: Mapping[nn.Module, Mapping[Hashable, Slices]] = field(default_factory=dict)
+    slices: Mapping[nn.Module, Mapping[Hashable, Slices]] = field(default_factory=dict)  # of every layer, by stack
+    # Weight (images, out, in) and bias (images, out) or None, by name, for heads that do not know them.
     heads: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    names: Sequence[str] = ()
-    has_labels: bool = False
-    poisoned: bool = False
+    names: Sequence[str] = ()  # of the adapters, for layers and heads that know them by name
+    has_labels: bool = False  # whether the model will compute a loss
+    poisoned: bool = False  # whether NaN is written into every other image, see `check_batch_axis`
 
     def __post_init__(self) -> None:
         self.num_images = len(self.places)
+        # The name of the adapter that all images have; None if they differ or the adapters have no names.
+        self.shared = self.names[0] if len(self.names) == 1 else None
         self._banks: dict[tuple[Any, ...], FactorBank | None] = {}
         self._last_read: tuple[Tensor, int, Tensor, Tensor] | None = None
         self._checkpoints = checkpoints_around() if torch.is_grad_enabled() else None
-
-    @property
-    def shared(self) -> str | None:
-        """The name of the adapter that all images have; None if they differ or the adapters have no names."""
-        return self.names[0] if len(self.names) == 1 else None
 
     def add(self, base_layer: nn.Module, x: Tensor, y: Tensor, owned: Mapping[Hashable, Slices]) -> Tensor:
         """y + x dW with every image's own dW, where x (R, ..., in) and y (R, ..., out) are input and output of a layer.
@@ -108,9 +95,6 @@ class MixedBatch:
         """View the input or output (R, ..., n) of a layer as (images, rows per image, n).
 
         The first axis may be longer than the batch, since Swin folds the windows of each image into it.
-
-        Raises:
-            ValueError: If the length of the first axis is no multiple of the number of images.
         """
         if len(x) % self.num_images != 0:
             raise ValueError(

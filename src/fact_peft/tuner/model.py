@@ -1,7 +1,5 @@
 """The tuner, with which PEFT adds, switches, merges, sums and deletes the FacT adapters of one model."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -45,14 +43,7 @@ class FacTModel(BaseTuner):
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
 
     @ordinary_tensors()
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Settle the config, then create the factors and wrap the layers; see `BaseTuner`.
 
         `state_dict` is not used, since the layers follow from the config and its layout.
@@ -85,7 +76,7 @@ class FacTModel(BaseTuner):
             setattr(model, FACTORS, factors)
             if factors.hook is None:
                 factors.hook = model.register_state_dict_pre_hook(announce)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            super().inject_adapter(model, adapter_name, *args, **{**kwargs, "state_dict": None})
             adopt_heads(model, factors.configs, heads)
             factors.keep_statistics(model)
             self._arguments = frozenset(inspect.signature(model.forward).parameters)
@@ -121,9 +112,9 @@ class FacTModel(BaseTuner):
         self,
         peft_config: Any,
         adapter_name: str,
-        target: nn.Module,
+        target: Any,
         target_name: str,
-        parent: nn.Module,
+        parent: Any,
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
@@ -240,16 +231,11 @@ class FacTModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """The factors and biases of an adapter as they are saved."""
         config.check_changeable()
-        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return lifecycle.stored_state_dict(config, adapter_name, tensors)
 
     @classmethod
@@ -257,11 +243,7 @@ class FacTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The tensors to load under their names in the model; see `lifecycle.checked_state_dict`.
-
-        Raises:
-            ValueError: If the tensors do not fit. An adapter that was created for them is then removed again.
-        """
+        """As `lifecycle.checked_state_dict`. If it raises, an adapter that was created for the tensors is removed."""
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config) if config.bias != "none" else {}
         try:
             return lifecycle.checked_state_dict(

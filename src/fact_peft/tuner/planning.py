@@ -1,7 +1,5 @@
 """Settles what a config means for a model, from names and shapes, before the model is changed."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import warnings
@@ -29,17 +27,7 @@ Shape = tuple[int, int]  # (in_features, out_features)
 def resolve(asked: FacTConfig, model: nn.Module, adapter_name: str = "default") -> FacTConfig:
     """A copy of a config with heads, labels, targets and layout settled for a model, in the model's names.
 
-    Args:
-        asked: The user's config, or the config of a saved adapter, which has a layout. It is not changed.
-        model: The model to adapt. It is not changed.
-        adapter_name: Name of the new adapter.
-
-    Warns:
-        UserWarning: If a name in the config matches nothing, or `fan_in_fan_out` is True for an ``nn.Linear``.
-
-    Raises:
-        NoMatchingPeftModuleError: If nothing is targeted.
-        ValueError: If the config does not fit the model, or the model cannot be adapted; see `refusals`.
+    `asked` is the user's config, or that of a saved adapter, which has a layout. Nothing is changed.
     """
     refusals.check_adapter_name(adapter_name)
     refusals.check_model(model)
@@ -126,12 +114,7 @@ def settle_targets(
     else:
         return
     # With suffixes, a deeper model matches more layers than the layout lists, and the adapter is refused there.
-    config.target_modules = shortest(targets, {*linears, *modules}) if targets else targets
-
-
-def shortest(targets: set[str], names: set[str]) -> set[str]:
-    """The shortest suffixes that match `targets` and none of the other `names` of modules."""
-    return find_minimal_target_modules(targets, names - targets)
+    config.target_modules = find_minimal_target_modules(targets, {*linears, *modules} - targets) if targets else targets
 
 
 def default_targets(config: FacTConfig, model: nn.Module) -> set[str]:
@@ -180,8 +163,7 @@ def settle_layout(
 ) -> tuple[dict[str, Shape], dict[str, str]]:
     """Settle `layout` and `fan_in_fan_out`, and return the shapes and the parts of the targeted layers, by name.
 
-    Targets are matched under the names that the layers have in a saved adapter. Refused are targets that are no linear
-    layers, parts that a layer does not have, a saved layout of other layers, and a config that targets nothing.
+    Targets are matched under the names that the layers have in a saved adapter.
     """
     saved = {name: config.renaming.saved(name) for name in {**linears, **modules}}
     for name, module in modules.items():
@@ -220,7 +202,7 @@ def settle_layout(
         refusals.check_readable(layout, targets, parts)
     if config.renaming.changes_names:  # the fields that selected these layers contain the saved names
         names = {part for name in targets for part in part_names(name, parts.get(name, ""))}
-        config.target_modules = shortest(names, {*linears, *modules})
+        config.target_modules = find_minimal_target_modules(names, {*linears, *modules} - names)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.layout = layout
     return targets, parts

@@ -1,7 +1,5 @@
 """Errors and warnings about configs and models that do not fit, raised before the model is changed."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping
 
