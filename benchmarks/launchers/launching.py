@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -16,7 +17,8 @@ HERE = Path(__file__).parent
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("ddp", "fsdp2", "zero2", "zero3")
 BACKBONES = ("vit", "swin")
-SETTINGS = list(itertools.product(BACKBONES, ("tt", "tk"), (False, True)))
+Setting = tuple[str, str, bool]  # backbone, decomposition, and whether activations are checkpointed
+SETTINGS: list[Setting] = list(itertools.product(BACKBONES, ("tt", "tk"), (False, True)))
 
 
 def name_of(backbone: str, decomposition: str, checkpointing: bool) -> str:
@@ -29,14 +31,14 @@ def save_backbones(folder: Path) -> None:
         make_backbone(backbone).save_pretrained(folder / backbone)
 
 
-def train_single(folder: Path) -> None:
+def train_single(folder: Path, settings: Iterable[Setting] = SETTINGS) -> None:
     """Train every setting in this process; results in ``folder/single``."""
-    for backbone, decomposition, checkpointing in SETTINGS:
+    for backbone, decomposition, checkpointing in settings:
         results = folder / "single" / name_of(backbone, decomposition, checkpointing)
         train("single", folder / backbone, decomposition, checkpointing, results)
 
 
-def commands(launcher: str, folder: Path) -> list[list[str]]:
+def commands(launcher: str, folder: Path, settings: Iterable[Setting] = SETTINGS) -> list[list[str]]:
     """What to run under a launcher to train every setting; results in ``folder/<launcher>``."""
     return [
         [
@@ -47,7 +49,7 @@ def commands(launcher: str, folder: Path) -> list[list[str]]:
             str(folder / launcher / name_of(backbone, decomposition, checkpointing)),
             *(["--checkpointing"] if checkpointing else []),
         ]
-        for backbone, decomposition, checkpointing in SETTINGS
+        for backbone, decomposition, checkpointing in settings
     ]
 
 
