@@ -32,16 +32,15 @@ def private(path: str, used_for: str) -> Any:
 
 
 TUNERS = "peft.tuners.tuners_utils"
-OTHER = "peft.utils.other"
 # Functions and classes that are called.
 ExcludedModule = private(f"{TUNERS}:_ExcludedModule", "to tell a layer that is excluded from one that is not targeted")
 find_minimal_target_modules = private(
     f"{TUNERS}:_find_minimal_target_modules", "to write `target_modules` down as name suffixes"
 )
 include_all_linear_layers = private(f"{TUNERS}:_maybe_include_all_linear_layers", "to resolve 'all-linear'")
-AuxiliaryTrainingWrapper = private(f"{OTHER}:AuxiliaryTrainingWrapper", "to find the trained heads of a model")
-ModulesToSaveWrapper = private(f"{OTHER}:ModulesToSaveWrapper", "base class of the trained head")
-activate_heads = private(f"{OTHER}:_set_adapter", "to activate the heads of an adapter after another was deleted")
+activate_heads = private(
+    "peft.utils.other:_set_adapter", "to activate the heads of an adapter after another was deleted"
+)
 split_download_arguments = private(
     "peft:PeftConfig._split_kwargs", "to find the arguments of a Hub download among those of `from_pretrained`"
 )

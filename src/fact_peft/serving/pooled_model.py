@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
@@ -15,7 +16,6 @@ from ..method.fused_linear import FactorBank, joined, of_images
 from ..method.tensorization import Slices, block_of, stack_sizes, tensorize
 from ..tuner.layer import FacTLinear
 from ..tuner.mixed_batch import MixedBatch, current_batch
-from ..upstream import AuxiliaryTrainingWrapper
 from .pooled_adapter import AdapterSpec, PooledAdapter, StackedAdapters, to_vector
 
 

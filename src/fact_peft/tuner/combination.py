@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
@@ -18,7 +19,6 @@ from ..adapter.validation import factor_shapes
 from ..architecture.linears import part_names
 from ..method.decomposition import DECOMPOSITIONS
 from ..method.tensorization import PARTS, describe_layout
-from ..upstream import ModulesToSaveWrapper
 from .layer import FacTLinear
 
 

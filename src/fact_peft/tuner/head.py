@@ -4,6 +4,7 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -11,7 +12,6 @@ from ..adapter.config import FacTConfig
 from ..adapter.storage import to_storage
 from ..architecture.heads import find_classifiers
 from ..method.fused_linear import joined, of_images
-from ..upstream import ModulesToSaveWrapper
 from .mixed_batch import MixedBatch, current_batch
 
 CASTABLE = (torch.float16, torch.bfloat16, torch.float32)  # float64 was chosen on purpose and is kept
@@ -38,7 +38,9 @@ class FacTHead(ModulesToSaveWrapper):
         cast_in_place(module, dtype_of(self.original_module))
         return module
 
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapter_state_dict(  # type: ignore[override]  # as in PEFT's own wrapper
+        self, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The tensors of an adapter's head as they are saved."""
         tensors = super().adapter_state_dict(adapter_name, state_dict)
         config = self.configs.get(adapter_name)  # none of an adapter of another method

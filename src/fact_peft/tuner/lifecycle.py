@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..adapter.adapter import is_copied_bias
@@ -13,7 +14,7 @@ from ..adapter.names import FACTORS, PREFIX, by_key, for_terminal, inner_model, 
 from ..adapter.storage import from_storage, is_finite, to_storage
 from ..adapter.validation import factor_shapes
 from ..architecture.linears import close_attentions, replace_everywhere, unwrapped
-from ..upstream import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, activate_heads, unset_loaded
+from ..upstream import activate_heads, unset_loaded
 from .factors import FacTLayer, FacTStack, SharedFactors, remove_factors
 from .head import FacTHead
 from .layer import FacTLinear

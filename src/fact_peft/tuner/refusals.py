@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -15,7 +16,6 @@ from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.heads import find_classifiers
 from ..architecture.linears import base_of, is_fused, part_names, walk
 from ..method.tensorization import PARTS, block_of, describe_layout, read_layout
-from ..upstream import ModulesToSaveWrapper
 from .factors import FacTLayer, SharedFactors
 from .layer import FacTLinear, find_quantization
 from .lifecycle import own_factors, own_stacks
