@@ -13,7 +13,7 @@ import pandas as pd
 
 from benchmarks.frontier.command_line import frontier_parser, parse
 from benchmarks.frontier.default import DEFAULT
-from benchmarks.frontier.report import best_rates, read
+from benchmarks.frontier.report import best_rates, read, validation_means
 from benchmarks.reporting.markdown import table, write_generated
 
 # Endings of the methods that are compared with all others, as is the default.
@@ -53,6 +53,17 @@ def report(runs: pd.DataFrame, choosing: list[str]) -> str:
             ["method", "parameters", *found.index],
             [
                 [method, f"{sizes[method]:,}", *("" if np.isnan(value) else f"{value:.1f}" for value in found[method])]
+                for method in by_size
+            ],
+        ),
+    ]
+    means = validation_means(runs, choosing).unstack()
+    blocks += [
+        f"Mean validation accuracy in % on the {len(choosing)} tasks that choose, first seed, by learning rate:",
+        table(
+            ["method", *(f"{rate:g}" for rate in means.columns)],
+            [
+                [method, *("" if np.isnan(value) else f"{value:.1f}" for value in means.loc[method])]
                 for method in by_size
             ],
         ),

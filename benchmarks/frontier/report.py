@@ -74,14 +74,17 @@ def chosen(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.merge(best[["task", "method", "learning_rate"]])
 
 
-def best_rates(runs: pd.DataFrame, choosing: list[str]) -> dict[str, float]:
-    """Of every method the learning rate of the best mean validation accuracy on `choosing`, of those run on all."""
+def validation_means(runs: pd.DataFrame, choosing: list[str]) -> pd.Series:
+    """Mean validation accuracy on the tasks `choosing` by method and learning rate, of those run on all of them."""
     tried = runs[(runs["seed"] == SEARCH_SEED) & runs["task"].isin(choosing)]
-    means = tried.pivot_table(index=["method", "learning_rate"], columns="task", values="val_accuracy").dropna()
-    if means.empty or len(means.columns) < len(choosing):
-        return {}
-    best = means.mean(axis=1).groupby("method").idxmax()
-    return {method: rate for method, rate in best}
+    found = tried.pivot_table(index=["method", "learning_rate"], columns="task", values="val_accuracy")
+    return found.reindex(columns=choosing).dropna().mean(axis=1)
+
+
+def best_rates(runs: pd.DataFrame, choosing: list[str]) -> dict[str, float]:
+    """Of every method the learning rate with the best of `validation_means`."""
+    means = validation_means(runs, choosing)
+    return {} if means.empty else {method: rate for method, rate in means.groupby("method").idxmax()}
 
 
 def fixed(runs: pd.DataFrame, choosing: list[str]) -> pd.DataFrame:
