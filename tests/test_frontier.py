@@ -31,12 +31,12 @@ pytest.importorskip("torchvision")
 
 from PIL import Image
 
-from benchmarks.frontier import tasks
+from benchmarks.frontier import paired, tasks
 from benchmarks.frontier.backbones import Backbone, load
 from benchmarks.frontier.bottlenecks import SCALE, Bottlenecks
 from benchmarks.frontier.bytes.report import WAY
 from benchmarks.frontier.bytes.report import summary as summary_by_bytes
-from benchmarks.frontier.default import num_lost
+from benchmarks.frontier.default import DEFAULT, num_lost
 from benchmarks.frontier.default import report as compare_default
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.prompts import DeepPrompts
@@ -443,6 +443,17 @@ def test_with_choosing_tasks_the_table_of_the_search_is_of_them_alone():
     measured = measured.assign(image_size=8, precision="float32", epochs=1, batch_size=1)
     assert "| method | parameters | a | b | c | mean |" in report(measured, {}, [])
     assert "| method | parameters | a | b | mean |" in report(measured, {}, ["a", "b"])
+
+
+def test_differences_are_paired_by_task_at_the_rates_that_the_choosing_task_prefers():
+    ours = [("a", DEFAULT, rate, 0, rate, 50) for rate in (1.0, 2.0)]
+    ours += [("b", DEFAULT, 2.0, seed, 0, 60 + seed) for seed in (0, 2)] + [("c", DEFAULT, 2.0, 0, 0, 70)]
+    theirs = [("a", "LoRA r=1", rate, 0, -rate, 48) for rate in (1.0, 2.0)]
+    theirs += [("b", "LoRA r=1", 1.0, 0, 0, 60), ("b", "LoRA r=1", 2.0, 0, 0, 0), ("c", "LoRA r=1", 1.0, 0, 0, 71)]
+    text = paired.report(runs(*ours, *theirs), ["a"])
+    # 2 on a; on b 1, of the mean of two seeds and at the rate that is best on a; -1 on c
+    assert "| +0.7 ± 0.9 (3) | +0.0 ± 1.0 (2) |  |" in text
+    assert f"| {DEFAULT} | 1.0 | 2.0 |" in text and "| LoRA r=1 | -1.0 | -2.0 |" in text
 
 
 def test_a_seed_that_did_not_train_is_counted():
