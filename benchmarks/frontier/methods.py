@@ -136,7 +136,7 @@ METHODS: dict[str, Method] = {
     "VPT-deep p=10": Method("VPT-deep", partial(by_wrapper, wrapper=DeepPrompts, num_prompts=10)),
     "AdaptFormer h=8": Method("AdaptFormer", partial(by_wrapper, wrapper=Bottlenecks, width=8)),
     "LoRA r=1": other("LoRA", LoraConfig, r=1, lora_alpha=1),  # scale 1, as FacT's
-    "LoRA r=8": other("LoRA", LoraConfig, first_rate=2e-3, r=8, lora_alpha=8),  # 2.4 points better than 4e-3 at 42 px
+    "LoRA r=8": other("LoRA", LoraConfig, first_rate=2e-3, r=8, lora_alpha=8),  # its better rate at 42 px
     **{f"LoRA r={rank}, EVA": by_start("LoRA, EVA", eva, rank) for rank in (1, 8)},
     **{f"LoRA r={rank}, LoRA-GA": by_start("LoRA-GA", lora_ga, rank) for rank in (1, 8)},
     "DoRA r=8": other("DoRA", LoraConfig, r=8, lora_alpha=8, use_dora=True),

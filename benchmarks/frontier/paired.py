@@ -36,6 +36,11 @@ def difference(ours: pd.Series, theirs: pd.Series) -> str:
     return f"{paired.mean():+.1f}{error} ({len(paired)})"
 
 
+def cells(accuracies: pd.Series) -> list[str]:
+    """Accuracies for a table; empty where there is none."""
+    return ["" if np.isnan(value) else f"{value:.1f}" for value in accuracies]
+
+
 def report(runs: pd.DataFrame, choosing: list[str]) -> str:
     """Tables of the accuracy of each method on each task, and of the differences from FacT's to the others."""
     found = accuracies(runs, choosing)
@@ -51,10 +56,7 @@ def report(runs: pd.DataFrame, choosing: list[str]) -> str:
         "Test accuracy in %, at one rate a method:",
         table(
             ["method", "parameters", *found.index],
-            [
-                [method, f"{sizes[method]:,}", *("" if np.isnan(value) else f"{value:.1f}" for value in found[method])]
-                for method in by_size
-            ],
+            [[method, f"{sizes[method]:,}", *cells(found[method])] for method in by_size],
         ),
     ]
     means = validation_means(runs, choosing).unstack()
@@ -62,10 +64,7 @@ def report(runs: pd.DataFrame, choosing: list[str]) -> str:
         f"Mean validation accuracy in % on the {len(choosing)} tasks that choose, first seed, by learning rate:",
         table(
             ["method", *(f"{rate:g}" for rate in means.columns)],
-            [
-                [method, *("" if np.isnan(value) else f"{value:.1f}" for value in means.loc[method])]
-                for method in by_size
-            ],
+            [[method, *cells(means.loc[method])] for method in by_size],
         ),
     ]
     for ours in ours_all:

@@ -5,10 +5,10 @@
     python -m benchmarks.frontier.shots --output SHOTS --write PAGE    # tables and plot of what there is
 
 RESULTS are those of `benchmarks.frontier`; a method's rate with 1,000 images is the one with the best mean validation
-accuracy on the tasks of --choose_on, and methods that were not run there are left out. With n images it is smaller by
-sqrt(n / 1000), for every method; the rate of the head stays. A task gives the first so many images of every
-class in an order drawn by the seed, of NAME-train.parquet and, if there is one, NAME-extra16.parquet; a class that has
-fewer gives all it has. Every run takes about as many steps as one on 1,000 images. Each is kept in
+accuracy on the tasks of --choose_on, and methods that were not run there are left out. With n < 1,000 images it is
+multiplied by sqrt(n / 1000), for every method; the rate of the head stays. A task gives the first so many images of
+every class in an order drawn by the seed, of NAME-train.parquet and, if there is one, NAME-extra16.parquet; a class
+that has fewer gives all it has. Every run takes about as many steps as one on 1,000 images. Each is kept in
 SHOTS/TASK.SHOTS.json and not repeated.
 """
 

@@ -89,9 +89,15 @@ class Adapter:
         tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         source: str = "The state dict",
     ) -> Adapter:
-        """Make an adapter of its config, with a layout, and of what ``get_peft_model_state_dict`` returns.
+        """Make an adapter of its config and of what ``get_peft_model_state_dict`` returns.
 
-        A ValueError says that they are not the tensors of such an adapter, and names their `source`.
+        Args:
+            config: Its config, with a layout.
+            tensors: Tensors by name, packed or not.
+            source: Where they come from, for error messages.
+
+        Raises:
+            ValueError: If they are not the tensors of such an adapter.
         """
         items = tensors.items() if isinstance(tensors, Mapping) else tensors
         return cls(copy.copy(config), *sort_tensors(config, items, source))

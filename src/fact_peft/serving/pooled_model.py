@@ -57,9 +57,7 @@ class PooledModel:
             self.module.set_submodule(name, PooledHead(head, name))
         if not self.heads:
             raise ValueError(f"vit is a {type(vit).__name__} without a classification head; the pool wants one.")
-        last = list(self.heads.values())[-1]
-        self.reference = last.weight  # a tensor with the device and the data type of the model
-        self.num_labels = last.out_features  # of the model itself
+        self.num_labels = list(self.heads.values())[-1].out_features  # of the model itself
 
         # Every linear layer outside the heads; those of the blocks come first. The projections of nn.MultiheadAttention
         # are left out, since torch never calls them as modules.
@@ -81,6 +79,11 @@ class PooledModel:
             self.module.set_submodule(name, layer)
             self.by_layer[layer] = {its_slices.stack: its_slices for its_slices in owned}
         self.num_slices = stack_sizes([*self.slices.values(), *by_block.values()])  # in each stack
+
+    @property
+    def reference(self) -> Tensor:
+        """A tensor with the device and the data type of the model."""
+        return next(iter(self.heads.values())).weight
 
     def admit(self, name: str, adapter: Adapter, dtype: torch.dtype) -> tuple[PooledAdapter, Tensor]:
         """Check that an adapter fits the model; return its description, and its numbers in host memory."""

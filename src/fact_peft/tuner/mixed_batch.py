@@ -52,7 +52,7 @@ class MixedBatch:
     """Where the layers and heads of one call get the factors and weights of every image."""
 
     places: Sequence[int]  # for every image, the index of its adapter among the adapters of the batch
-    # Returns the factors of all images in a stack; None if no adapter has any.
+    # Returns the factors of all images in a stack, on a device and in a dtype; None if no adapter has any.
     make_bank: Callable[[Any, torch.device, torch.dtype], FactorBank | None]
     modules: frozenset[nn.Module] | None = None  # of the model that is called, not of one inside it; None for all
     _: KW_ONLY
