@@ -135,7 +135,7 @@ METHODS: dict[str, Method] = {
     "LN tuning": Method("LN tuning", partial(by_module, trains=lambda module, name: isinstance(module, nn.LayerNorm))),
     "VPT-deep p=10": Method("VPT-deep", partial(by_wrapper, wrapper=DeepPrompts, num_prompts=10)),
     "AdaptFormer h=8": Method("AdaptFormer", partial(by_wrapper, wrapper=Bottlenecks, width=8)),
-    "LoRA r=1": other("LoRA", LoraConfig, r=1, lora_alpha=1),  # scale 1, as FacT's
+    **{f"LoRA r={rank}": other("LoRA", LoraConfig, r=rank, lora_alpha=rank) for rank in (1, 2)},  # scale 1, as FacT's
     "LoRA r=8": other("LoRA", LoraConfig, first_rate=2e-3, r=8, lora_alpha=8),  # its better rate at 42 px
     **{f"LoRA r={rank}, EVA": by_start("LoRA, EVA", eva, rank) for rank in (1, 8)},
     **{f"LoRA r={rank}, LoRA-GA": by_start("LoRA-GA", lora_ga, rank) for rank in (1, 8)},
@@ -148,7 +148,7 @@ METHODS: dict[str, Method] = {
     "FourierFT n=1000": Method("FourierFT", partial(by_fourier, n_frequency=1000), multipliers={"spectrum": 16.0}),
     **{f"FacT-TT r={rank}": fact("tt", rank) for rank in (1, 4, 8, 16, 32)},
     **{f"FacT-TK r={rank}": fact("tk", rank) for rank in (8, 16, 32)},
-    **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (1, 4, 8, 16, 32)},
+    **{f"FacT-TT r={rank}, orthogonal": orthogonal("tt", rank) for rank in (1, 4, 8, 16, 32, 64)},
     **{f"FacT-TK r={rank}, orthogonal": orthogonal("tk", rank) for rank in (8, 16, 32)},
     # These have the default scale, 32 / sqrt(r). The rows of Tucker above have 32 / r, the default when they were run.
     **{f"FacT-CP r={rank}, orthogonal": orthogonal("cp", rank, 32 / rank**0.5) for rank in (16, 32, 64)},
