@@ -38,6 +38,7 @@ from benchmarks.frontier.bytes.report import WAY
 from benchmarks.frontier.bytes.report import summary as summary_by_bytes
 from benchmarks.frontier.default import DEFAULT, num_lost
 from benchmarks.frontier.default import report as compare_default
+from benchmarks.frontier.losses import cross_entropy
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.prompts import DeepPrompts
 from benchmarks.frontier.report import best_rates, chosen, fixed, means, panels, read, report
@@ -200,6 +201,30 @@ def test_a_start_from_data_changes_no_output(name):
     if name.endswith("EVA"):  # A has the main directions of the inputs, which are orthonormal
         for A in (value for each, value in trained.items() if "lora_A" in each):
             torch.testing.assert_close(A @ A.T, torch.eye(len(A)), rtol=0, atol=1e-4)
+
+
+def test_consistency_compares_two_passes_that_differ_by_dropout():
+    train = Labelled(images(4, 1), torch.tensor([0, 1, 2, 0]))
+    backbone = Backbone(dinov2, fingerprint="")
+    method = METHODS["FacT-TT r=16, dropout, two passes"]
+    model, _ = adapted(backbone, Task(train, train, train, 3), method, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "fact_" in name:
+                nn.init.normal_(parameter, std=0.3)
+        # Without noise the passes agree.
+        torch.testing.assert_close(
+            method.loss(model.eval(), train, backbone.logits), cross_entropy(model, train, backbone.logits)
+        )
+        model.train()
+        torch.manual_seed(0)
+        first, second = backbone.logits(model, torch.cat([train.images, train.images])).chunk(2)
+        torch.manual_seed(0)
+        loss = method.loss(model, train, backbone.logits)
+    distance = (first - second).square().sum(-1)
+    assert distance.min() > 0
+    expected = nn.functional.cross_entropy(first, train.labels) + 0.1 * distance.mean()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_prompts_stand_behind_the_first_token_of_every_block_and_nowhere_else():

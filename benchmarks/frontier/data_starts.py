@@ -7,13 +7,13 @@ from itertools import islice
 import torch
 from peft import EvaConfig, LoraGAConfig, PeftConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import preprocess_loraga
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.frontier.losses import Logits, cross_entropy
 from benchmarks.frontier.tasks import Labelled
 from fact_peft import initialize_from_gradients
 
 NUM_BATCHES = 8  # that gradients are taken of; EVA takes as many as its components need to converge
-Logits = Callable[[nn.Module, Tensor], Tensor]  # of a model and images
 MakeConfig = Callable[..., PeftConfig]  # of LoRA for a model, with further settings
 # Starts a model from batches of training images; returns the model that is then trained.
 Start = Callable[[nn.Module, Iterator[Labelled], Logits], nn.Module]
@@ -22,7 +22,7 @@ Start = Callable[[nn.Module, Iterator[Labelled], Logits], nn.Module]
 def from_gradients(model: nn.Module, batches: Iterator[Labelled], logits: Logits) -> nn.Module:
     """U and V of FacT from gradients."""
     settings = {"seed": torch.initial_seed(), "show_progress_bar": False}
-    initialize_from_gradients(model, batches, loss=partial(loss_of, logits=logits), **settings)
+    initialize_from_gradients(model, batches, loss=partial(cross_entropy, logits=logits), **settings)
     return model
 
 
@@ -46,13 +46,7 @@ def lora_ga(model: nn.Module, batches: Iterator[Labelled], logits: Logits, make_
 
     def add_gradients() -> None:
         for batch in islice(batches, NUM_BATCHES):
-            loss_of(model, batch, logits).backward()
+            cross_entropy(model, batch, logits).backward()
 
     preprocess_loraga(model, config, add_gradients)
     return get_peft_model(model, config)
-
-
-def loss_of(model: nn.Module, batch: Labelled, logits: Logits) -> Tensor:
-    """The cross-entropy of a batch."""
-    outputs = logits(model, batch.images)
-    return nn.functional.cross_entropy(outputs, batch.labels.to(outputs.device))

@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.frontier.bottlenecks import Bottlenecks
 from benchmarks.frontier.data_starts import Start, eva, from_gradients, lora_ga
+from benchmarks.frontier.losses import Loss, consistent, cross_entropy
 from benchmarks.frontier.prompts import DeepPrompts
 from benchmarks.frontier.tasks import Labelled
 from fact_peft import FacTConfig
@@ -40,6 +41,7 @@ class Method:
         own_head_rate: Whether the head has the fixed learning rate of all heads, else the one searched.
         first_rate: The first learning rate tried.
         start: What looks at training images before training, after `adapt`.
+        loss: What training minimises.
     """
 
     family: str
@@ -48,6 +50,7 @@ class Method:
     own_head_rate: bool = True
     first_rate: float = FIRST_RATE
     start: Start | None = None
+    loss: Loss = cross_entropy
 
 
 def by_module(model: nn.Module, train: Labelled, trains: Callable[[nn.Module, str], bool]) -> nn.Module:
@@ -126,6 +129,12 @@ def by_start(family: str, start: Callable[..., nn.Module], rank: int) -> Method:
     return Method(family, lambda model, train: model, start=partial(start, make_config=make_config))
 
 
+DROPOUT = {
+    "FacT-TT r=16, dropout": orthogonal("tt", 16, fact_dropout=0.1),
+    "FacT-TK r=32, dropout": orthogonal("tk", 32, 32 / 32**0.5, fact_dropout=0.1),
+    "LoRA r=1, dropout": other("LoRA", LoraConfig, r=1, lora_alpha=1, lora_dropout=0.1),
+    "LoRA r=8, dropout": other("LoRA", LoraConfig, first_rate=2e-3, r=8, lora_alpha=8, lora_dropout=0.1),
+}
 FULL = partial(by_module, trains=lambda module, name: True)
 METHODS: dict[str, Method] = {
     "linear probe": Method("linear probe", partial(by_module, trains=lambda module, name: False), own_head_rate=False),
@@ -156,4 +165,6 @@ METHODS: dict[str, Method] = {
     **{f"FacT-TT r={rank}, gradients": gradients("tt", rank) for rank in (4, 16, 32)},
     **{f"FacT-TK r={rank}, gradients": gradients("tk", rank) for rank in (8, 16, 32)},
     "FacT-TK r=32, gradients, default scale": gradients("tk", 32, 32 / 32**0.5),
+    **DROPOUT,
+    **{f"{name}, two passes": replace(method, loss=consistent) for name, method in DROPOUT.items()},
 }

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from benchmarks.frontier.backbones import DEVICE, Backbone
+from benchmarks.frontier.losses import Loss, cross_entropy
 from benchmarks.frontier.methods import FIRST_RATE, Method
 from benchmarks.frontier.tasks import Labelled, Task
 from benchmarks.reporting.results import Results
@@ -110,6 +111,7 @@ def train(
     parameters: list[dict],
     images: Labelled,
     protocol: Protocol,
+    loss_of: Loss = cross_entropy,
     begin: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
 ) -> float:
     """AdamW, a tenth of the steps warm-up, cosine decay.
@@ -120,6 +122,7 @@ def train(
         parameters: With their learning rates, as `groups` gives them.
         images: To train on.
         protocol: Epochs and batch size.
+        loss_of: What is minimised.
         begin: Called with the optimizer before the first step.
 
     Returns:
@@ -134,8 +137,7 @@ def train(
     model.train()
     for _ in range(protocol.epochs):
         for batch in torch.randperm(len(images.labels)).split(protocol.batch_size):
-            pixels, labels = images[batch]
-            loss = nn.functional.cross_entropy(backbone.logits(model, pixels), labels.to(DEVICE))
+            loss = loss_of(model, images[batch], backbone.logits)
             loss.backward()
             losses.append(loss.item())
             optimizer.step()
@@ -152,7 +154,7 @@ def run(
     start = time.perf_counter()
     model, heads = adapted(backbone, task, method, seed)
     trained = trained_parameters(model)
-    loss = train(backbone, model, groups(trained, heads, method, learning_rate), task.train, protocol)
+    loss = train(backbone, model, groups(trained, heads, method, learning_rate), task.train, protocol, method.loss)
     return {
         "parameters": sum(parameter.numel() for name, parameter in trained.items() if not is_head(name, heads)),
         "val_accuracy": accuracy(backbone, model, task.val),

@@ -70,7 +70,7 @@ def continued(
         def begin(optimizer: torch.optim.Optimizer) -> None:
             StraightThrough(model, optimizer, storage, head_storage)
 
-        train(backbone, model, late, task.train, protocol, begin)
+        train(backbone, model, late, task.train, protocol, begin=begin)
 
     return kept(backbone, task, method, seed, file, fit)
 
