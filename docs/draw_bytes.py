@@ -28,7 +28,7 @@ STORAGES = [("float32", None), ("float16", None), ("int8", None), ("int4", None)
 
 def draw_accuracy() -> None:
     rows = summary(read(RESULTS))
-    plain = rows[(rows["form"] == AS_TRAINED) & (rows["later_epochs"] == 0)]
+    plain = rows[rows["form"] == AS_TRAINED]
     shown = plain[(plain["storage"] + " " + plain["head_storage"]).isin(BITS)]
     figure, axes = start()
     for method, (text, place, colour, offsets) in LINES.items():

@@ -59,7 +59,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import fact_peft
-from fact_peft import FacTConfig, StraightThroughCallback
+from fact_peft import FacTConfig
 
 # The paper's recipe, in place of the defaults below.
 PAPER: dict[str, Any] = {"rank": 8, "init": "paper", "learning_rate": 1e-3, "augment": "none"}
@@ -105,7 +105,6 @@ class Arguments:
     early_stopping: int | None = flag(None, "Stop after so many evaluations without a better one.")
     storage: str | None = flag(None, "Save factors in float16, bfloat16, int8, int4 or int2; tested so too.")
     head_storage: str | None = flag(None, "The same for the head. Default: as --storage, but in no less than int8.")
-    straight_through: float | None = flag(None, "Train so many of the last epochs with rounded numbers.")
 
 
 @dataclass
@@ -151,8 +150,6 @@ def check_arguments(args: Arguments, training: Recipe) -> None:
         raise SystemExit("--model and --dataset go together: pass both, or neither for the digits.")
     if training.push_to_hub and (training.hub_model_id is None or args.model is None or Path(args.model).exists()):
         raise SystemExit("--push_to_hub needs --hub_model_id and a --model from the Hub, which the adapter names.")
-    if args.straight_through and not args.storage:
-        raise SystemExit("--straight_through needs --storage, the numbers to round to, such as int4.")
     for callback in get_reporting_integration_callbacks(training.report_to):
         callback()  # raises an error if its package is missing
     FacTConfig(storage=args.storage, head_storage=args.head_storage)
@@ -192,7 +189,6 @@ def fit(args: Arguments, training: Recipe, config: FacTConfig, task: Task) -> Im
     """Train with one scale, or resume such a run. The trainer then has the model of the best epoch."""
     setting = {
         **{name: value for name, value in asdict(args).items() if name not in AFTERWARDS},
-        "rounded": [args.storage, args.head_storage] if args.straight_through else None,
         "scale": config.scale,
         "labels": task.labels,
         "num_training_images": len(task.splits["train"]),
@@ -202,8 +198,6 @@ def fit(args: Arguments, training: Recipe, config: FacTConfig, task: Task) -> Im
     checkpoints = WholeCheckpoints(setting)
     resume_from = checkpoints.last(training.output_dir)
     callbacks: list[TrainerCallback] = [checkpoints]
-    if args.straight_through:
-        callbacks.append(StraightThroughCallback(args.storage, args.head_storage, args.straight_through))
     if args.early_stopping:
         callbacks.append(EarlyStoppingCallback(args.early_stopping))
     set_seed(training.seed)  # the head starts the same, whatever random numbers were drawn before

@@ -112,7 +112,6 @@ def train(
     images: Labelled,
     protocol: Protocol,
     loss_of: Loss = cross_entropy,
-    begin: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
 ) -> float:
     """AdamW, a tenth of the steps warm-up, cosine decay.
 
@@ -123,7 +122,6 @@ def train(
         images: To train on.
         protocol: Epochs and batch size.
         loss_of: What is minimised.
-        begin: Called with the optimizer before the first step.
 
     Returns:
         The mean loss of the last epoch.
@@ -132,7 +130,6 @@ def train(
     steps_per_epoch = math.ceil(len(images.labels) / protocol.batch_size)
     num_steps = protocol.epochs * steps_per_epoch
     schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 10, num_steps)
-    begin(optimizer)
     losses = []
     model.train()
     for _ in range(protocol.epochs):

@@ -5,8 +5,8 @@ from .adapter.config import FacTConfig
 from .converters.conversion import convert_checkpoint, convert_from
 from .operations.export import convert_to_lora, save_as_lora
 from .operations.gradient_start import initialize_from_gradients
+from .operations.parameter_groups import parameter_groups
 from .operations.replacement import hotswap_adapter, quantize_adapter
-from .operations.training import StraightThrough, StraightThroughCallback, parameter_groups
 from .serving.pool import AdapterPool, Prediction
 from .sharing.classifier import load_image_classifier, push_image_classifier, save_image_classifier
 from .tuner.combination import weighted_sum
@@ -22,8 +22,6 @@ __all__ = [
     "FacTLinear",
     "FacTModel",
     "Prediction",
-    "StraightThrough",
-    "StraightThroughCallback",
     "convert_checkpoint",
     "convert_from",
     "convert_to_lora",

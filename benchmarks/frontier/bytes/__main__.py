@@ -6,8 +6,7 @@
 
 Every method is trained once a task and seed, at its first learning rate, and kept as float32 in --trained. What is
 stored is made from that: FacT's factors as trained and orthogonalized, the head in 8 bits or in 4; other methods packed
-as FacT is. With --straight_through the training of FacT goes on for so many epochs at a quarter of the rate, rounded,
-and once more unrounded for comparison.
+as FacT is.
 
 Each is a record in RESULTS/TASK.json, and is not measured again; backbone and tasks are as for benchmarks.frontier.
 """
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from benchmarks.frontier.backbones import Backbone, load
 from benchmarks.frontier.bytes.report import plot, read, report
 from benchmarks.frontier.bytes.storing import AS_TRAINED, ORTHOGONALIZED, is_fact, store_fact, store_other
-from benchmarks.frontier.bytes.training import continued, trained
+from benchmarks.frontier.bytes.training import trained
 from benchmarks.frontier.command_line import frontier_parser, parse
 from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.search import Protocol, accuracy
@@ -39,7 +38,6 @@ WAYS = [
     *((storage, "int8", form) for storage in ("int4", "int2") for form in (AS_TRAINED, ORTHOGONALIZED)),
     *((storage, "int4", AS_TRAINED) for storage in ("int4", "int2")),
 ]
-IN_TRAINING = [("int4", "int4"), ("int2", "int4"), ("float32", "float32")]  # the last for comparison: no rounding
 
 
 def measure(args: argparse.Namespace, backbone: Backbone, task_name: str, task: Task, name: str, seed: int) -> None:
@@ -49,14 +47,13 @@ def measure(args: argparse.Namespace, backbone: Backbone, task_name: str, task: 
     start = args.trained / f"{stem}.safetensors"
     results = Results(args.output / f"{task_name}.json")
 
-    def keep(storage: str, head_storage: str, form: str, later: int = 0) -> None:
+    def keep(storage: str, head_storage: str, form: str) -> None:
         setting: dict[str, Any] = {
             "method": name,
             "seed": seed,
             "storage": storage,
             "head_storage": head_storage,
             "form": form,
-            "later_epochs": later,
             "backbone": backbone.fingerprint,
             "num_test": len(task.test.labels),
             "num_labels": task.num_labels,
@@ -68,10 +65,6 @@ def measure(args: argparse.Namespace, backbone: Backbone, task_name: str, task: 
         if results.find(**setting) is not None:
             return
         model, heads = trained(backbone, task, method, seed, protocol, start)
-        if later:
-            file = args.trained / f"{stem}+{later}-{storage}-{head_storage}.safetensors"
-            more = Protocol(later, args.batch_size)
-            model, heads = continued(backbone, task, method, seed, more, start, file, storage, head_storage)
         found = (
             store_fact(model, storage, head_storage, form)
             if is_fact(model)
@@ -79,15 +72,12 @@ def measure(args: argparse.Namespace, backbone: Backbone, task_name: str, task: 
         )
         found["test_accuracy"] = accuracy(backbone, model, task.test)
         results.add(setting, found)
-        tqdm.write(f"{task_name}, {name}, {storage}, head {head_storage}, {form}, {later} more epochs: {found}")
+        tqdm.write(f"{task_name}, {name}, {storage}, head {head_storage}, {form}: {found}")
 
     fact = name.startswith("FacT")
     for storage, head_storage, form in WAYS:
         if storage in args.storages and (fact or form == AS_TRAINED):
             keep(storage, head_storage, form)
-    for storage, head_storage in IN_TRAINING if fact and args.straight_through else []:
-        if storage in args.storages:
-            keep(storage, head_storage, AS_TRAINED, args.straight_through)
 
 
 def main() -> None:
@@ -97,7 +87,6 @@ def main() -> None:
     add("--methods", nargs="+", choices=METHODS, default=WANTED, metavar="METHOD", help=f"(default: {WANTED})")
     storages = list(dict.fromkeys(storage for storage, _, _ in WAYS))
     add("--storages", nargs="+", choices=storages, default=storages, help="(default: all)")
-    add("--straight_through", type=int, default=0, metavar="EPOCHS", help="more epochs, rounded (default: none)")
     add("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     add("--trained", type=Path, default=Path("outputs") / "frontier" / "bytes" / "trained", help="what was trained")
     args = parse(parser, "frontier/bytes")

@@ -13,7 +13,7 @@ from benchmarks.frontier.report import frontier
 from benchmarks.reporting.markdown import table
 from benchmarks.reporting.results import Results
 
-WAY = ["method", "storage", "head_storage", "form", "later_epochs"]  # what is compared
+WAY = ["method", "storage", "head_storage", "form"]  # what is compared
 COLOURS = [*plt.get_cmap("tab20").colors[::2], *plt.get_cmap("tab20").colors[1::2]]  # the light shades last
 MARKERS = {"float32": "o", "float16": "s", "int8": "D", "int4": "^", "int2": "v"}
 
@@ -40,20 +40,12 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     rows = by_task.assign(mean=by_task.mean(axis=1, skipna=False))
     taken = runs.groupby(WAY, sort=False)[["bytes", *(["error"] if "error" in runs else [])]].mean()
     training = ["method", "task", "seed"]
-    whole = runs[(runs["storage"] == "float32") & (runs["later_epochs"] == 0)].set_index(training)["test_accuracy"]
+    whole = runs[runs["storage"] == "float32"].set_index(training)["test_accuracy"]
     losses = runs.assign(change=runs["test_accuracy"] - runs[training].apply(tuple, axis=1).map(whole))
     changes = losses.pivot_table(index=WAY, columns="task", values="change", sort=False, dropna=False)
     seeds = runs.groupby([*WAY, "task"])["seed"].nunique().groupby(WAY).min()
     rows = rows.assign(change=changes.mean(axis=1, skipna=False), seeds=seeds)
     return rows.join(taken).reset_index()
-
-
-def way(row: pd.Series) -> str:
-    """What was done beside rounding, in words."""
-    if row["later_epochs"] == 0:
-        return "" if row["form"] == AS_TRAINED else row["form"]
-    epochs = f"{row['later_epochs']} more epoch{'s' if row['later_epochs'] > 1 else ''}"
-    return f"{epochs}, unrounded" if row["storage"] == "float32" else f"{epochs}, straight-through"
 
 
 def report(runs: pd.DataFrame) -> str:
@@ -66,7 +58,7 @@ def report(runs: pd.DataFrame) -> str:
             row["method"],
             row["storage"],
             row["head_storage"],
-            way(row),
+            "" if row["form"] == AS_TRAINED else row["form"],
             str(row["seeds"]),
             f"{row['bytes']:,.0f}",
             number(row.get("error"), "{:.1f}"),
@@ -112,29 +104,23 @@ def number(value: float | None, form: str) -> str:
 def plot(runs: pd.DataFrame, file: Path) -> None:
     """Mean accuracy against bytes a task: a colour for every method, a marker for every storage of its numbers.
 
-    Rounded as trained; hollow with straight-through rounding. The line is what FacT, without that, reaches with at most
-    so many bytes.
+    Rounded as trained. The line is what FacT reaches with at most so many bytes.
     """
     matplotlib.use("Agg")
     rows = summary(runs).dropna(subset=["mean"])
+    rows = rows[rows["form"] == AS_TRAINED]
     figure, axes = plt.subplots(figsize=(8, 5.5))
     for colour, (method, group) in zip(cycle(COLOURS), rows.groupby("method", sort=False), strict=False):
-        plain = group[(group["later_epochs"] == 0) & (group["form"] == AS_TRAINED)]
         axes.plot([], [], color=colour, linestyle="", marker=".", markersize=14, label=method)
-        for _, row in plain.iterrows():
+        for _, row in group.iterrows():
             axes.plot(row["bytes"], row["mean"], marker=MARKERS[row["storage"]], color=colour, markersize=7)
-        for _, row in group[(group["later_epochs"] > 0) & (group["storage"] != "float32")].iterrows():
-            axes.plot(
-                row["bytes"], row["mean"], marker=MARKERS[row["storage"]], color=colour, markersize=9, fillstyle="none"
-            )
-    ours = rows[(rows["later_epochs"] == 0) & (rows["form"] == AS_TRAINED) & rows["method"].str.startswith("FacT")]
+    ours = rows[rows["method"].str.startswith("FacT")]
     best = frontier(zip(ours["bytes"], ours["mean"], strict=True))
     if best:
         sizes, accuracies = zip(*[*best, (rows["bytes"].max(), best[-1][1])], strict=True)
         axes.step(sizes, accuracies, where="post", color="black", linewidth=1, zorder=0, label="best of FacT")
     for storage, marker in MARKERS.items():
         axes.plot([], [], color="grey", linestyle="", marker=marker, label=storage)
-    axes.plot([], [], color="grey", linestyle="", marker="o", fillstyle="none", label="hollow: straight-through")
     axes.set(xscale="log", xlabel="bytes a task: adapter, head and config", ylabel="test accuracy, mean of tasks, %")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.frontier.bytes.forms import distance, orthogonalized
 from benchmarks.frontier.search import is_head
 from fact_peft import Adapter, FacTConfig, quantize_adapter
-from fact_peft.adapter.storage import bits_of, pack, rounded, unpack
+from fact_peft.adapter.storage import bits_of, pack, unpack
 from fact_peft.method.decomposition import DECOMPOSITIONS
 from fact_peft.operations.inspection import task_bytes
 from fact_peft.tuner.lifecycle import own_stacks
@@ -35,7 +35,7 @@ def store_fact(model: PeftModel, storage: str, head_storage: str, form: str) -> 
         for factors, before in zip(stacks, exact, strict=True):
             written = orthogonalized(before) if form == ORTHOGONALIZED else before
             for letter, factor in factors.items():
-                factor.copy_(rounded(written[letter], bits))
+                factor.copy_(unpack(pack(written[letter], bits)))
     quantize_adapter(model, storage, head_storage)
     zeros = [{**factors, "U": torch.zeros_like(factors["U"])} for factors in exact]
     changed = sum(

@@ -21,7 +21,7 @@ The checksum detects bytes on which somebody computed, such as the mean of sever
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -92,11 +92,6 @@ def unpack(packed: Tensor) -> Tensor:
     return multiplied(padded(levels, group).view(-1, group), scales).flatten()[:count].view(shape)
 
 
-def rounded(tensor: Tensor, bits: int) -> Tensor:
-    """``unpack(pack(tensor, bits))``, in float32, computed on the device of the tensor."""
-    return multiplied(*quantize(tensor, bits)).flatten()[: tensor.numel()].view(tensor.shape)
-
-
 def is_packed(tensor: Tensor) -> bool:
     """Whether a tensor begins as the bytes of a packed one do."""
     return tensor.dtype == torch.uint8 and tensor.dim() == 1 and tensor[: len(MAGIC)].tolist() == list(MAGIC)
@@ -165,10 +160,8 @@ def split_bits(data: Tensor, bits: int) -> Tensor:
     return ((data[:, None] >> shifts) & (2**bits - 1)).flatten()
 
 
-def to_storage(
-    name: str, tensor: Tensor, storage: str | None, packing: Callable[[Tensor, int], Tensor] = pack
-) -> Tensor:
-    """A tensor as it is saved in `storage`, one of `STORAGES`; with ``packing=rounded``, floats with the saved numbers.
+def to_storage(name: str, tensor: Tensor, storage: str | None) -> Tensor:
+    """A tensor as it is saved in `storage`, one of `STORAGES`.
 
     Integers stay as they are, and so do tensors that hold NaN or infinity: these are masks, or are refused when they
     are loaded. Tensors without numbers stay too, such as those that ZeRO-3 keeps on other processes.
@@ -179,7 +172,7 @@ def to_storage(
         return tensor
     bits = bits_of(storage)
     if bits and tensor.dim() > 1:
-        return packing(tensor, bits)
+        return pack(tensor, bits)
     cast = tensor.to(torch.float16 if bits else getattr(torch, storage))
     if not is_finite(cast):
         raise ValueError(
