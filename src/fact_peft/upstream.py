@@ -48,7 +48,12 @@ current_graph_task = private("torch._C:_current_graph_task_id", "to tell whether
 active_ddp_module = private(
     "torch.nn.parallel:DistributedDataParallel._get_active_ddp_module", "to refuse reentrant checkpointing under DDP"
 )
+private(f"{TUNERS}:BaseTunerLayer._get_base_layer_device_and_dtype", "to move factors to the device of a layer")
+private(f"{TUNERS}:BaseTuner._get_learnable_bias_state_dict", "to save trained biases")
 # Methods that are overridden. If PEFT renamed one, it would call its own method and not ours.
+private(f"{TUNERS}:BaseTunerLayer._get_available_adapters", "overridden: a layer holds no factors itself")
+private(f"{TUNERS}:BaseTunerLayer._move_adapter_to_device_of_base_layer", "overridden: factors lie in the stacks")
+private("peft.utils.other:ModulesToSaveWrapper._forward_wrapped", "overridden: to compute trained heads in float32")
 for hook, purpose in {
     "_check_target_module_exists": "layers come from the plan",
     "_create_and_replace": "to wrap one layer",
