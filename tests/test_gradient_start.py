@@ -134,6 +134,52 @@ def test_a_full_sketch_is_the_exact_decomposition(name, exact):
     assert_is_the_decomposition(model, batches())
 
 
+def with_two_inputs(model, data):
+    """The mean loss of two networks, of which the input of the first already requires a gradient."""
+    pixels, labels = data
+    networks = model.get_base_model()
+    first, second = networks[0], networks[1]
+    reached = pixels.clone().requires_grad_()
+    return loss(first, (reached, labels)) + loss(second, (pixels.flip(-1), labels))
+
+
+@pytest.mark.parametrize("how", ["enable_input_require_grads", "pixels", "one of two networks"])
+def test_inputs_that_require_a_gradient_change_nothing(how, exact):
+    if how == "one of two networks":
+        model, compute = adapt(nn.ModuleList([make_backbone("vit", torch.float64) for _ in range(2)])), with_two_inputs
+    else:
+        model, compute = adapt(make_backbone("vit", torch.float64)), loss
+    if how == "enable_input_require_grads":  # as gradient checkpointing and k-bit training do
+        model.enable_input_require_grads()
+    data = [(pixels.requires_grad_(how == "pixels"), labels) for pixels, labels in batches()]
+    start(model, data, loss=compute)
+    assert_is_the_decomposition(model, data, compute)
+    assert all(pixels.grad is None for pixels, _ in data)
+
+
+def test_a_loss_may_take_labels_out_of_its_batch():
+    def popping(model, batch):
+        labels = batch.pop("labels")
+        return nn.functional.cross_entropy(logits(model, batch["pixel_values"]), labels)
+
+    data = [{"pixel_values": pixels.float(), "labels": labels} for pixels, labels in batches()]
+    popped, kept = adapt(make_backbone("vit")), adapt(make_backbone("vit"))
+    start(popped, data, loss=popping)
+    start(kept, data, loss=None)
+    for name, factor in kept.named_parameters():
+        assert torch.equal(factor, dict(popped.named_parameters())[name])
+
+
+def test_inference_mode_outside_changes_nothing():
+    expected, inside = adapt(make_backbone("vit", torch.float64)), adapt(make_backbone("vit", torch.float64))
+    start(expected)
+    data = batches()
+    with torch.inference_mode():
+        start(inside, data)
+    for name, factor in expected.named_parameters():
+        assert torch.equal(factor, dict(inside.named_parameters())[name])
+
+
 def test_weights_that_are_read_give_their_gradients_too(exact):
     model = adapt(encoder())
     assert any("in_proj" in name for name in model.peft_config["default"].target_modules)

@@ -57,6 +57,14 @@ def test_rates_that_are_none_are_refused_by_name(arguments, named):
         parameter_groups(adapted(), **arguments)
 
 
+def test_cores_may_be_trained_alone():
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if ".fact_U." in name or ".fact_V." in name:
+            parameter.requires_grad_(False)
+    assert [group["name"] for group in parameter_groups(model, 4e-3)] == ["cores", "rest"]
+
+
 def test_a_model_that_trains_no_factor_is_refused():
     with pytest.raises(ValueError, match="trains no factor"):
         parameter_groups(adapted(inference_mode=True), 1e-3)

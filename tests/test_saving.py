@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from fact_peft import Adapter, save_as_lora
+from fact_peft import Adapter, FacTConfig, save_as_lora
 
 pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
@@ -132,6 +132,14 @@ def test_an_edited_image_processor_is_not_refused(tmp_path):
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": [float(NEW)] * 3, "note": "edited"}))
     assert loaded_number(tmp_path) == NEW
+
+
+def test_equal_adapters_are_equal_files(tmp_path):
+    """safetensors writes the keys of the metadata in random order."""
+    adapter = Adapter.of(get_peft_model(backbone(), FacTConfig(rank=2, storage="int4", init_weights=False)))
+    for number in range(6):
+        adapter.write(tmp_path / str(number))
+    assert len({(tmp_path / str(number) / "adapter_model.safetensors").read_bytes() for number in range(6)}) == 1
 
 
 def test_files_of_others_stay(tmp_path):

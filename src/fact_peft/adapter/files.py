@@ -1,5 +1,6 @@
 """The files of an adapter: where they are, how they are read, and how a folder gets new ones."""
 
+import json
 import os
 import pickle
 import shutil
@@ -93,8 +94,21 @@ def write_files(
 ) -> None:
     """Write the two files of an adapter of any method, as ``PeftModel.from_pretrained`` loads them."""
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
-    save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", **(metadata or {})})
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})
+    sort_metadata(file)
     config.save_pretrained(str(folder))
+
+
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata of a file, which safetensors writes in random order, so that equal adapters are equal files."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        opened.seek(8)
+        opened.write(text.ljust(size))
 
 
 @contextmanager

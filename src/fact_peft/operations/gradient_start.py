@@ -1,5 +1,6 @@
 """Initialize U and V from the gradients of a few batches of the task."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -51,7 +52,7 @@ def initialize_from_gradients(
         num_batches: The number of batches to use; all of them if there are fewer.
         loss: A function of model and batch. None: the batch is a dict, and the loss is ``model(**batch).loss``.
         adapter_name: The adapter, which has the default initialization of `FacTConfig` and is not trained yet.
-        seed: Seed of the random directions and of the dataloader.
+        seed: Seed of the random directions, and of torch while the dataloader is read.
         show_progress_bar: Whether to show a progress bar.
 
     Raises:
@@ -67,10 +68,10 @@ def initialize_from_gradients(
     check_untrained(model, adapter_name)
     generator = torch.Generator().manual_seed(seed)
     sketches: dict[FacTStack, GradientSketch] = {}
-    for stack in own_stacks(model, adapter_name):
-        U, cores, V = stack.terms(adapter_name)
-        sketches[stack] = GradientSketch((len(cores), len(U), len(V)), U.shape[1], generator, like=U)
     with undisturbed(model):
+        for stack in own_stacks(model, adapter_name):
+            U, cores, V = stack.terms(adapter_name)
+            sketches[stack] = GradientSketch((len(cores), len(U), len(V)), U.shape[1], generator, like=U)
         torch.manual_seed(seed)
         batches = list(islice(dataloader, num_batches))
         check_some(batches, sketches)
@@ -171,22 +172,23 @@ def add_gradients(
 ) -> None:
     """Add the gradients of all batches of all processes to the sketches."""
     bad = None
-    with watched(model, sketches, adapter_name) as reached:
+    with watched(model, sketches, adapter_name):
         for number, batch in enumerate(batches):
-            value = loss(model, batch)
+            # A loss may take the labels out of its batch, which is run twice.
+            value = loss(model, copy.copy(batch) if isinstance(batch, (Mapping, list)) else batch)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise ValueError(
                     f"The loss is no tensor of one number but {value!r:.100}; return the mean of the batch's."
                 )
-            if not value.requires_grad or not reached:
+            inputs = leaves(value)
+            if not inputs:
                 raise ValueError(
                     "The loss has no gradient, or does not depend on an adapted layer; compute it with the model that "
                     "is passed, without torch.no_grad() and detach()."
                 )
             if bad is None and not value.isfinite().all():
                 bad = number
-            torch.autograd.grad(value, reached, allow_unused=True)
-            reached.clear()
+            torch.autograd.grad(value, inputs, allow_unused=True)
             progress.update()
     products = [product for sketch in sketches.values() for product in sketch.products]
     sum_over_processes(products)
@@ -201,23 +203,26 @@ def add_gradients(
         )
 
 
-@contextmanager
-def watched(
-    model: nn.Module, sketches: Mapping[FacTStack, GradientSketch], adapter_name: str
-) -> Iterator[list[Tensor]]:
-    """Within the context, a backward pass adds the gradients of every layer to the sketch of its stack.
+def leaves(value: Tensor) -> list[Tensor]:
+    """The leaf tensors that `value` was computed from: all of its graph is run for their gradients."""
+    found, seen, waiting = [], set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [node.variable] if hasattr(node, "variable") else []
+            waiting += [following for following, _ in node.next_functions]
+    return found
 
-    A forward pass appends to the list the tensors whose gradients must be computed: the inputs of the first layers,
-    since nothing before them needs a gradient, and weights that are read without a call of their layer.
-    """
-    reached: list[Tensor] = []
+
+@contextmanager
+def watched(model: nn.Module, sketches: Mapping[FacTStack, GradientSketch], adapter_name: str) -> Iterator[None]:
+    """Within the context, a backward pass adds the gradients of every layer to the sketch of its stack."""
 
     def before(layer: FacTLinear, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
-        if not x.requires_grad:
-            x = x.detach().requires_grad_(torch.is_grad_enabled())
-            reached.extend([x] if x.requires_grad else [])
-        return (x, *args[1:])
+        # The inputs of the first layers need no gradient, since all before them is frozen.
+        return (x if x.requires_grad else x.detach().requires_grad_(torch.is_grad_enabled()), *args[1:])
 
     def after(layer: FacTLinear, args: tuple[Any, ...], y: Tensor) -> None:
         if y.requires_grad:
@@ -226,7 +231,6 @@ def watched(
 
     def read(layer: FacTLinear, weight: Tensor) -> Tensor:
         weight = weight.detach().requires_grad_()
-        reached.append(weight)
 
         def add_weight(gradient: Tensor) -> Tensor:
             G = gradient if layer.fan_in_fan_out else gradient.t()
@@ -242,7 +246,7 @@ def watched(
             hooks.enter_context(layer.register_forward_hook(after))
             layer.weight_hook = partial(read, layer)
             hooks.callback(delattr, layer, "weight_hook")
-        yield reached
+        yield
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:

@@ -53,7 +53,7 @@ def parameter_groups(
     for parameter in model.parameters():
         if parameter.requires_grad:
             groups[kinds.get(id(parameter), "rest")]["params"].append(parameter)
-    if not groups["shared"]["params"]:
+    if not groups["shared"]["params"] and not groups["cores"]["params"]:
         raise ValueError(
             f"{type(model).__name__} trains no factor of FacT; pass the adapted model, with an adapter that is active "
             "and not in inference mode."
