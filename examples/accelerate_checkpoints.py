@@ -31,6 +31,10 @@ def trained_weights(accelerator: Accelerator, model: Any) -> dict[str, Tensor]:
     return {name: safe_get_full_fp32_param(p).cpu() for name, p in named if p.requires_grad}
 
 
+def trained_names(model: Any) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def save_checkpoint(folder: Path, accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any) -> None:
     """Write into ``<folder>.part`` and rename it at the end, so that every ``<folder>`` is a complete checkpoint."""
     part = folder.with_suffix(".part")
@@ -44,7 +48,7 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, model: Any, optimize
         state = dcp.get_state_dict(model, optimizer.optimizer, options=TRAINED)
         if accelerator.is_main_process:
             torch.save(state, part / "state.pt")
-    own = (scheduler.state_dict(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
+    own = (trained_names(model), scheduler.state_dict(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
     torch.save(own, part / f"rank{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -52,7 +56,16 @@ def save_checkpoint(folder: Path, accelerator: Accelerator, model: Any, optimize
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any) -> None:
-    """Restore a checkpoint, under the launcher and the number of processes that saved it."""
+    """Restore a checkpoint, under the launcher and the number of processes that saved it.
+
+    Raises:
+        ValueError: If it has the weights of another model.
+    """
+    names, schedule, cpu, gpus = torch.load(folder / f"rank{accelerator.process_index}.pt")
+    if names != trained_names(model):
+        raise ValueError(
+            f"{folder} has the weights of a model with other arguments; give this run an --output_dir of its own."
+        )
     if uses_deepspeed(accelerator):
         model.load_checkpoint(folder, "deepspeed", load_module_strict=False)
     else:
@@ -61,7 +74,6 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, model: Any, optimize
         dcp.set_state_dict(
             model, optimizer.optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
         )
-    schedule, cpu, gpus = torch.load(folder / f"rank{accelerator.process_index}.pt")
     scheduler.load_state_dict(schedule)
     torch.set_rng_state(cpu)
     torch.cuda.set_rng_state_all(gpus)

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classification.checkpoints import WholeCheckpoints
+from classification.checkpoints import Patience, WholeCheckpoints, evaluations_since_best
 from classification.data import Task, find_columns, read_splits, read_task
 from classification.digits import pretrain, upright_and_shifted_digits
 from classification.metrics import ImageTrainer, percent, scores_of, write_reports
@@ -50,8 +50,8 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    EarlyStoppingCallback,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -67,7 +67,8 @@ PAPER |= {"fact_dropout": 0.1, "drop_path": 0.1}
 # A checkpoint depends on these, the data, the global batch size, and all arguments except those in AFTERWARDS.
 RECIPE_FIELDS = (
     *("num_train_epochs", "max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps"),
-    *("label_smoothing_factor", "bf16", "fp16", "seed"),
+    *("label_smoothing_factor", "bf16", "fp16", "seed", "metric_for_best_model", "greater_is_better", "max_grad_norm"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs"),
 )
 AFTERWARDS = ("paper", "scales", "storage", "head_storage", "early_stopping")
 
@@ -199,7 +200,11 @@ def fit(args: Arguments, training: Recipe, config: FacTConfig, task: Task) -> Im
     resume_from = checkpoints.last(training.output_dir)
     callbacks: list[TrainerCallback] = [checkpoints]
     if args.early_stopping:
-        callbacks.append(EarlyStoppingCallback(args.early_stopping))
+        callbacks.append(Patience(args.early_stopping))
+        if resume_from is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from, "trainer_state.json")))
+            if evaluations_since_best(state) >= args.early_stopping:  # it had stopped there
+                training.max_steps = state.global_step
     set_seed(training.seed)  # the head starts the same, whatever random numbers were drawn before
     trainer = ImageTrainer(
         make_model(args, config, task, training.seed),
@@ -274,6 +279,7 @@ def main() -> None:
     score, best = (max if training.greater_is_better else min)(runs, key=lambda run: run[0])
     if args.storage and not (best.is_fsdp_enabled or best.is_deepspeed_enabled):  # they shard it
         fact_peft.quantize_adapter(best.model, args.storage, args.head_storage)
+        score = best.evaluate()[f"eval_{metric}"]
     split = "test" if "test" in task.splits else "validation"
     prediction = best.predict(task.splits[split], metric_key_prefix=split)
     metrics = {f"validation {metric}": score}

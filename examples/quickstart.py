@@ -168,7 +168,9 @@ def read_dataset(args: Arguments) -> Task:
         raise ValueError(f"{args.dataset} needs an image and a label column; it has {features}.")
     splits = splits.select_columns([images[0], labels[0]])
     splits = splits.rename_columns({images[0]: "image", labels[0]: "labels"})
-    held_out = next((splits[name] for name in ("test", "validation") if name in splits), None)
+    # Test images of a competition have no labels, or -1.
+    with_labels = [name for name in ("test", "validation") if name in splits and min(splits[name]["labels"]) >= 0]
+    held_out = splits[with_labels[0]] if with_labels else None
 
     train_labels = torch.tensor(splits["train"]["labels"][:])
     few, rest = pick_per_class(train_labels, args.train_per_class + args.val_per_class)

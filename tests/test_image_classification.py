@@ -23,6 +23,7 @@ from transformers import (
     ViTImageProcessor,
     pipeline,
 )
+from transformers.trainer_utils import PredictionOutput
 
 import fact_peft
 from fact_peft import FacTConfig, load_image_classifier
@@ -191,6 +192,22 @@ def test_class_weights_are_those_of_scikit_learn():
     torch.testing.assert_close(image_data.balanced_weights(several, "label", 2), torch.tensor([1 / 3, 3]))
 
 
+def test_class_weights_of_a_class_without_images_and_of_a_label_of_all_images():
+    # Label smoothing would else pull towards the empty class.
+    empty = dataset([1, 1, 2], ClassLabel(names=[*COLOURS]))
+    assert image_data.balanced_weights(empty, "label", 3).tolist() == [0.0, 0.5, 1.0]
+    always = dataset([[0], [0, 1]], List(ClassLabel(names=NAMES)))
+    assert image_data.balanced_weights(always, "label", 2).tolist() == [0.5, 1.0]
+
+
+def test_the_report_has_the_macro_f1_of_the_scores(tmp_path):
+    prediction = PredictionOutput(np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0]), {})  # nothing of the third class
+    image_metrics.write_reports(tmp_path, prediction, [*COLOURS], [])
+    macro_f1 = image_metrics.scores_of(prediction)["macro_f1"]
+    line = next(line for line in (tmp_path / "report.txt").read_text().splitlines() if "macro avg" in line)
+    assert float(line.split()[-2]) == pytest.approx(macro_f1, abs=5e-4)
+
+
 @pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
 def test_the_loss_is_that_of_transformers(problem, source, tmp_path):
     labels = torch.tensor([0, 1, 1]) if problem.startswith("single") else torch.tensor([[0.0, 1], [1, 1], [0, 0]])
@@ -243,6 +260,12 @@ def test_it_stops_early(train, tmp_path):
     train("--num_train_epochs", "9", "--early_stopping", "1", "--learning_rate", "1e-9")
     states = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("checkpoint-*/trainer_state.json")]
     assert max(state["epoch"] for state in states) == 2
+    train("--num_train_epochs", "9", "--early_stopping", "1", "--learning_rate", "1e-9")  # it goes no further
+    epochs = [json.loads(file.read_text())["epoch"] for file in (tmp_path / "out").glob("checkpoint-*/*state.json")]
+    assert max(epochs) == 2
+    train("--num_train_epochs", "9", "--early_stopping", "2", "--learning_rate", "1e-9")  # one more than before
+    epochs = [json.loads(file.read_text())["epoch"] for file in (tmp_path / "out").glob("checkpoint-*/*state.json")]
+    assert max(epochs) == 3
 
 
 def test_the_scale_with_the_lowest_loss_is_kept_and_called_so(train, tmp_path):
@@ -265,6 +288,8 @@ def test_storage_is_no_part_of_what_a_checkpoint_depends_on(train, tmp_path):
     assert FacTConfig.from_pretrained(str(tmp_path / "out")).storage == "int8"
     with pytest.raises(ValueError, match=r"belongs to another run .*rank: 16 there, 4 here"):
         train("--rank", "4")
+    with pytest.raises(ValueError, match=r"metric_for_best_model: accuracy there, loss here"):
+        train("--metric_for_best_model", "loss")
 
 
 def test_without_training_it_reports_the_model_as_it_starts(train):
@@ -450,6 +475,25 @@ def test_labels_outside_the_head_are_refused_with_split_and_row():
     several = dataset([[0], [1, 3]], List(Value("int64")))
     with pytest.raises(ValueError, match=r"1 of 3 labels of split 'test'.*first is 3 in row 1"):
         image_data.with_checked_labels("test", several, "label", names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ([0.5, 1.0], Value("float32"), "labels such as 0.5; number the classes from 0"),
+        ([[1, 0, 1], [0, 0, 1]], List(Value("int64")), "list the numbers of the classes that an image has"),
+    ],
+)
+def test_labels_of_another_form_are_refused(labels, feature, message):
+    with pytest.raises(ValueError, match=message):
+        image_data.class_names(dataset(labels, feature), "label")
+
+
+def test_a_missing_name_of_a_class_is_named():
+    train = dataset(["bee", None, "ant"], Value("string"))
+    assert image_data.class_names(train, "label") == NAMES
+    with pytest.raises(ValueError, match="first is None in row 1"):
+        image_data.with_checked_labels("train", train, "label", NAMES)
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -10,6 +10,7 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from backbones import make_backbone
@@ -143,6 +144,12 @@ def test_pictures_are_decoded_in_three_formats(kind):
     image = Image.new("RGB", (30, 20), (200, 10, 10))
     decoded = decode_image(encoded(image, kind), 600)
     assert (decoded.size, decoded.convert("RGB").getpixel((5, 5))[0] > 150) == ((30, 20), True)
+
+
+def test_16_bit_greys_are_scaled_and_not_clipped():
+    grey = np.arange(256, dtype="uint8").reshape(16, 16)
+    decoded = decode_image(encoded(Image.fromarray(grey.astype("uint16") * 257), "PNG"), 600)
+    assert np.array_equal(np.asarray(decoded.convert("RGB"))[..., 0], grey)
 
 
 def test_a_photograph_taken_sideways_is_turned_upright():

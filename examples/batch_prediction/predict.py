@@ -50,6 +50,8 @@ def prepare(batch: dict[str, np.ndarray], processor: Callable, mode: str) -> dic
     """Decode images to pixels (B, channels, height, width). If one cannot be decoded, it gets an error and zeros."""
 
     def pixels_of(image: Image.Image) -> np.ndarray:
+        if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip: scaled as for training, in rgb.py
+            image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype("uint8"))
         return processor(image.convert(mode), return_tensors="np")["pixel_values"][0].astype(np.float32)
 
     pixels, errors = [], []

@@ -8,9 +8,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 COMPLETE = "complete.json"  # written into a checkpoint last
+
+
+def evaluations_since_best(state: TrainerState) -> int:
+    best = state.best_global_step or 0
+    return sum("eval_loss" in entry and entry["step"] > best for entry in state.log_history)
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that goes on counting in a resumed run."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = evaluations_since_best(state)
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -85,10 +85,21 @@ def class_names(train: Dataset, column: str) -> list[str]:
     feature = train.features[column]
     if isinstance(element(feature), ClassLabel):
         return list(element(feature).names)
-    values = {value for row in train[column] for value in as_list(row)}
+    rows = [as_list(row) for row in train[column]]
+    values = {value for row in rows for value in row} - {None}
     if all(isinstance(value, str) for value in values):
         return sorted(values)
-    largest = max(value for value in values if value is not None)
+    if not all(isinstance(value, int) for value in values):
+        raise ValueError(
+            f"Column {column!r} has labels such as {next(value for value in values if not isinstance(value, int))!r}; "
+            "number the classes from 0 without gaps, or use strings."
+        )
+    if values <= {0, 1} and len({len(row) for row in rows}) == 1 and any(len(row) > len({*row}) for row in rows):
+        raise ValueError(
+            f"The lists in column {column!r} have one 0 or 1 for each class; list the numbers of the classes that an "
+            "image has instead, such as [0, 2] for [1, 0, 1]."
+        )
+    largest = max(values)
     if largest >= MAX_CLASSES:
         raise ValueError(
             f"The largest label in column {column!r} is {largest:,}, so the head would have more than {MAX_CLASSES:,} "
@@ -195,12 +206,16 @@ def prepared(
 
 
 def balanced_weights(train: Dataset, column: str, num_labels: int) -> Tensor:
-    """The inverse frequency of each class; with several labels per image, absences over presences of each label."""
+    """The inverse frequency of each class; with several labels per image, absences over presences of each label.
+
+    A class without images has the weight 0, and a label of all images counts as absent from one.
+    """
     labels = train[column][:]
     if isinstance(train.features[column], List):
         counts = torch.bincount(torch.tensor([label for row in labels for label in set(row)]), minlength=num_labels)
-        return (len(labels) - counts) / counts.clamp(min=1)
-    return len(labels) / num_labels / torch.bincount(torch.tensor(labels), minlength=num_labels).clamp(min=1)
+        return (len(labels) - counts).clamp(min=1) / counts.clamp(min=1)
+    counts = torch.bincount(torch.tensor(labels), minlength=num_labels)
+    return torch.where(counts > 0, len(labels) / num_labels / counts.clamp(min=1), 0.0)
 
 
 def read_task(splits: dict[str, Dataset], columns: tuple[str, str], args: Any, training: TrainingArguments) -> Task:

@@ -93,7 +93,9 @@ def write_reports(folder: Path, prediction: EvalPrediction, names: list[str], hi
         matrix.barh(names, f1_score(labels, predicted, average=None, zero_division=0))
         matrix.set(title="F1")
     table.to_csv(folder / "confusion.csv")
-    report = classification_report(labels, predicted, labels=classes, target_names=names, digits=3, zero_division=0)
+    occur = sorted({*labels, *predicted}) if labels.ndim == 1 else classes  # the classes of macro_f1
+    named = [names[index] for index in occur]
+    report = classification_report(labels, predicted, labels=occur, target_names=named, digits=3, zero_division=0)
     (folder / "report.txt").write_text(report, encoding="utf-8")
     figure.savefig(folder / "picture.png", dpi=120)
 

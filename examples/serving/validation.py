@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import AsyncIterator, Collection, Sequence
 
+import numpy as np
 from PIL import Image, ImageOps
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -121,6 +122,8 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         )
     try:
         image.load()
+        if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip: scaled as for training, in rgb.py
+            image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype("uint8"))
         return ImageOps.exif_transpose(image)
     except Exception as error:
         raise Refused(422, f"The {image.format} image cannot be decoded ({error}): it was probably cut off.") from error
