@@ -29,6 +29,7 @@ from fact_peft.architecture.heads import find_classifiers
 # Leaves trainable in a backbone what the method trains, the head included; may look at the training images.
 Adapt = Callable[[nn.Module, Labelled], nn.Module]
 FIRST_RATE = 4e-3  # of the search, and of every head
+QUERY_AND_VALUE = r".*\.(query|value|q_proj|v_proj)"
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def by_wrapper(model: nn.Module, train: Labelled, wrapper: Callable[..., nn.Modu
 
 def config_for(model: nn.Module, config_cls: type[PeftConfig], **settings: Any) -> PeftConfig:
     """The config of a method of PEFT on the linear layers that FacT finds by itself, with the heads trained."""
-    targets, heads = list(find_block_linears(model)), find_classifiers(model)
-    return config_cls(target_modules=targets, modules_to_save=heads, **settings)
+    targets = list(find_block_linears(model))
+    return config_cls(**{"target_modules": targets, "modules_to_save": find_classifiers(model), **settings})
 
 
 def by_peft(model: nn.Module, train: Labelled, config_cls: type[PeftConfig], **settings: Any) -> nn.Module:
@@ -145,6 +146,7 @@ METHODS: dict[str, Method] = {
     "VPT-deep p=10": Method("VPT-deep", partial(by_wrapper, wrapper=DeepPrompts, num_prompts=10)),
     "AdaptFormer h=8": Method("AdaptFormer", partial(by_wrapper, wrapper=Bottlenecks, width=8)),
     **{f"LoRA r={rank}": other("LoRA", LoraConfig, r=rank, lora_alpha=rank) for rank in (1, 2)},  # scale 1, as FacT's
+    "LoRA r=1, q and v": other("LoRA", LoraConfig, r=1, lora_alpha=1, target_modules=QUERY_AND_VALUE),
     "LoRA r=8": other("LoRA", LoraConfig, first_rate=2e-3, r=8, lora_alpha=8),  # its better rate at 42 px
     **{f"LoRA r={rank}, EVA": by_start("LoRA, EVA", eva, rank) for rank in (1, 8)},
     **{f"LoRA r={rank}, LoRA-GA": by_start("LoRA-GA", lora_ga, rank) for rank in (1, 8)},
