@@ -94,10 +94,27 @@ def test_every_adapter_scores_every_image_as_in_peft_and_a_later_run_adds_what_i
     assert kept == {file: file.stat().st_mtime_ns for file in kept}
 
 
-def test_scores_of_other_adapters_are_not_mixed(folder, tmp_path):
+@pytest.fixture
+def module():
     spec = importlib.util.spec_from_file_location("predict", PREDICT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_16_bit_greys_are_scored_as_their_8_bit_copies(folder, module):
+    grey = np.arange(256, dtype="uint8").reshape(16, 16)
+    encoded = []
+    for pixels in (grey, grey.astype("uint16") * 257):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        encoded.append(file.getvalue())
+    batch = {"id": np.array(["8", "16"]), "image": np.array(encoded, dtype=object)}
+    prepared = module.prepare(batch, AutoImageProcessor.from_pretrained(folder / "backbone"), "RGB")
+    assert np.array_equal(*prepared["pixels"]) and prepared["pixels"].std() > 0.1 and not any(prepared["error"])
+
+
+def test_scores_of_other_adapters_are_not_mixed(folder, tmp_path, module):
     fruit, sky = (folder / "adapters" / name for name in LABELS)
     arguments = module.Arguments("backbone", "adapters", "images", str(tmp_path))
     for _ in range(2):
