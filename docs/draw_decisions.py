@@ -11,13 +11,13 @@ FILE = Path(__file__).parent / "pictures" / "decisions.png"
 DECISIONS = {
     "Which method?": [
         ("4 to 16 images per class", "BitFit or LoRA r=1"),
-        ("many similar classes, any file size", "LoRA r=8"),
-        ("everything else", "FacT"),
+        ("the file may have any size", "LoRA r=8"),
+        ("small files, or many tasks", "FacT"),
     ],
     "Which rank?": [
         ("to start with", "rank=16"),
         ("as few bytes as possible", "rank=4"),
-        ("many similar classes", "rank=32"),
+        ("more accuracy", "rank=32"),
     ],
     "Which decomposition?": [
         ("to start with", '"tt"'),
