@@ -147,6 +147,8 @@ def test_hotswap_exchanges_the_labels_too(tmp_path):
     model = adapted(tmp_path / "base")
     hotswap_adapter(model, tmp_path / "other")
     assert model.peft_config["default"].labels == ["w", "x", "y", "z"]
+    assert [model.config.id2label[index] for index in range(4)] == ["w", "x", "y", "z"]  # of pipelines
+    assert model.config.label2id["z"] == 3
     model.save_pretrained(tmp_path / "again")
     assert saved_labels(tmp_path / "again") == ["w", "x", "y", "z"]
 

@@ -112,6 +112,20 @@ COMPUTED = {
 }
 
 
+def test_a_safe_merge_of_two_is_refused_as_a_whole_if_their_sum_overflows():
+    model = get_peft_model(make_backbone("vit").half(), FacTConfig(rank=1, modules_to_save=[]), "first")
+    model.add_adapter("second", FacTConfig(rank=1, modules_to_save=[]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".fact_U." in name or ".fact_V." in name:
+                parameter.fill_(1.0)
+            elif ".fact_Sigma." in name:
+                parameter[9] = 4e4 / 32  # times the default scale
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter second"):
+        model.merge_adapter(["first", "second"], safe_merge=True)
+    assert model.get_model_status().merged_adapters == []
+
+
 @pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm:FutureWarning")
 @pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
 def test_a_weight_that_is_computed_anew_is_not_merged(compute):

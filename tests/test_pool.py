@@ -1,5 +1,6 @@
 """The pool says of every image what PEFT's model says of it alone, whatever is loaded, moved or replaced meanwhile."""
 
+import copy
 import gc
 import random
 import threading
@@ -10,6 +11,7 @@ from backbones import images, logits, make_backbone
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers import Swinv2Config, Swinv2ForImageClassification
 
 from fact_peft import Adapter, AdapterPool, FacTConfig, Prediction
 from fact_peft.method.decomposition import DECOMPOSITIONS
@@ -32,6 +34,20 @@ def make_adapter(folder, backbone="vit", seed=0, num_labels=5, labels=None, **se
     model.save_pretrained(folder)
     with torch.no_grad():
         return logits(model, images())
+
+
+def test_layers_that_no_adapter_adapts_may_be_called_with_other_than_images():
+    """In Swin v2, linear layers make the biases of positions, once for all images."""
+    shape = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 2]}
+    torch.manual_seed(0)
+    swin = Swinv2ForImageClassification(Swinv2Config(window_size=4, **shape)).eval()
+    adapted = get_peft_model(copy.deepcopy(swin), FacTConfig(rank=4, init_weights=False)).eval()
+    pool, pixels = AdapterPool(swin), torch.randn(3, 3, 32, 32)
+    pool.load("one", Adapter.of(adapted))
+    answers = pool(pixels, ["one", None, "one"])
+    with torch.no_grad():
+        for answer, model, image in zip(answers, (adapted, swin, adapted), pixels, strict=True):
+            torch.testing.assert_close(answer.logits, model(image[None]).logits[0])
 
 
 def kinds(tmp_path, backbone):

@@ -7,7 +7,14 @@ from functools import partial
 import pytest
 import torch
 from backbones import make_backbone, to_int8
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from torch import nn
 from transformers import ViTForImageClassification
 
@@ -67,6 +74,16 @@ def test_other_words_of_peft_are_names_that_train_and_reload(name, tmp_path):
     loaded = PeftModel.from_pretrained(make_backbone("vit"), tmp_path / name).eval()
     pixels = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(pixels).logits, model.eval()(pixels).logits)
+
+
+@pytest.mark.parametrize("name", ["vit", "mlp", "weight", "fact_U", "factors", "32x32", "classifier", "model"])
+def test_they_are_refused_if_files_of_other_adapters_would_lack_tensors(name):
+    for first, second in ((name, "other"), ("other", name)):
+        model = get_peft_model(make_backbone("vit"), FacTConfig(**CONFIG), first)
+        before = state(model)
+        with pytest.raises(ValueError, match=f"The adapter name '{name}' is also a part of the name"):
+            model.add_adapter(second, FacTConfig(**CONFIG))
+        assert state(model) == before and list(model.peft_config) == [first]
 
 
 @pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["classifier"]}], ids=["default", "named"])
@@ -137,6 +154,23 @@ def test_a_peft_model_is_not_adapted_again():
         ):
             get_peft_model(adapted, FacTConfig(**CONFIG), "other")
     assert state(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute", "ignore:You are trying to modify a model")
+def test_a_peft_model_of_another_method_is_adapted_inside():
+    lora = get_peft_model(make_backbone("vit"), LoraConfig(target_modules=["q_proj"]))
+    before = state(lora), list(lora.peft_config.values())
+    for adapt in (get_peft_model, lambda model, config: inject_adapter_in_model(config, model)):
+        with pytest.raises(ValueError, match=r"is a PeftModel already; pass model\.get_base_model\(\)"):
+            adapt(lora, FacTConfig(**CONFIG))
+        assert (state(lora), list(lora.peft_config.values())) == before
+    model = get_peft_model(lora.get_base_model(), FacTConfig(**CONFIG))
+    assert any(".fact_U." in name for name, _ in model.named_parameters())
+
+
+def test_a_compiled_model_is_refused():
+    compiled = torch.compile(make_backbone("vit"), backend="eager")
+    assert_refused(compiled, FacTConfig(**CONFIG), r"compiled already; adapt it first: torch\.compile")
 
 
 class Wrapper(nn.Module):
@@ -372,3 +406,51 @@ def test_transformers_takes_a_model_whose_first_adapter_was_refused_as_unadapted
             vit.add_adapter(FacTConfig(**refused))
     vit.add_adapter(FacTConfig(rank=2))
     assert vit.active_adapters() == ["default"]
+
+
+@pytest.mark.parametrize("route", ["attach", "PEFT"])
+def test_transformers_saves_a_model_on_which_a_saved_adapter_was_refused(route, tmp_path):
+    other = get_peft_model(ViTForImageClassification(replaced_labels(9)), FacTConfig(**CONFIG))
+    refused = Adapter.of(other).replace(labels=None)
+    refused.write(tmp_path / "refused")
+    vit = make_backbone("vit")
+    with pytest.raises(ValueError):
+        refused.attach(vit) if route == "attach" else PeftModel.from_pretrained(vit, tmp_path / "refused")
+    assert not hasattr(vit, "peft_config")
+    vit.save_pretrained(tmp_path / "plain")
+
+
+def replaced_labels(num_labels):
+    config = make_backbone("vit").config
+    config.num_labels = num_labels
+    return config
+
+
+@pytest.mark.parametrize("route", ["transformers", "config"])
+def test_a_refused_swap_leaves_an_adapter_that_peft_did_not_load(route, tmp_path):
+    get_peft_model(make_backbone("vit"), FacTConfig(**CONFIG)).save_pretrained(tmp_path)
+    wrong = Adapter.of(get_peft_model(ViTForImageClassification(replaced_labels(9)), FacTConfig(**CONFIG)))
+    model = make_backbone("vit")
+    if route == "transformers":
+        model.load_adapter(tmp_path)
+    else:
+        config = FacTConfig.from_pretrained(str(tmp_path))
+        config.inference_mode = False
+        model = get_peft_model(model, config)
+    before = state(model), [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError):
+        hotswap_adapter(model, wrong.replace(labels=None))
+    assert state(model) == before[0]
+    model.train()(torch.randn(1, 3, 16, 16))  # from now on the adapter is in use
+    damaged = {name: tensor * torch.nan for name, tensor in get_peft_model_state_dict(model).items()}
+    with pytest.raises(ValueError):
+        set_peft_model_state_dict(model, damaged)
+    assert state(model) == before[0]
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before[1], strict=True))
+
+
+def test_a_second_adapter_may_take_all_linear_layers_but_some():
+    model = get_peft_model(make_backbone("vit"), FacTConfig(**CONFIG))
+    settings = {"target_modules": "all-linear", "exclude_modules": ["classifier"], "modules_to_save": []}
+    model.add_adapter("second", FacTConfig(**CONFIG, **settings))
+    assert model.peft_config["second"].target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}

@@ -1,14 +1,16 @@
 """The numbers of a loaded adapter replaced in place: by those of another adapter, or by rounded ones."""
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.config import fact_config
+from ..architecture.heads import named_labels
 from ..architecture.linears import uncompiled, unwrapped, walk
-from ..tuner.lifecycle import own_stacks
+from ..tuner.lifecycle import kept_if_refused, own_stacks
 from ..tuner.planning import named
 from ..tuner.refusals import check_complete
 
@@ -53,7 +55,12 @@ def hotswap_adapter(
                 f"{name}={ours!r}; only adapters of one shape can be swapped in place. Use load_adapter."
             )
     check_complete(saved.config, named(loaded.modules_to_save, dict(walk(unwrapped(model)))))
-    saved.fill(model, adapter_name)
+    with kept_if_refused(model, adapter_name):
+        saved.fill(model, adapter_name)
+    base_config: Any = getattr(unwrapped(model), "config", None)
+    if loaded.labels and saved.config.labels and named_labels(unwrapped(model)) == loaded.labels:
+        base_config.id2label = dict(enumerate(saved.config.labels))
+        base_config.label2id = {label: index for index, label in enumerate(saved.config.labels)}
     loaded.labels, loaded.storage = saved.config.labels, saved.config.storage
     loaded.head_storage = saved.config.head_storage
     for stack in own_stacks(model, adapter_name):

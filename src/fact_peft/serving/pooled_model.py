@@ -70,14 +70,14 @@ class PooledModel:
         self.slices = tensorize(called)
         by_block = tensorize({name: shape for name, shape in called.items() if block_of(name)}, share="block")
         self.slices_of: dict[str, dict[str, Slices]] = {}  # by stack, of the whole model or of one block, and layer
-        self.by_layer: dict[nn.Module, dict[Hashable, Slices]] = {}
+        self.by_name: dict[str, tuple[nn.Module, dict[Hashable, Slices]]] = {}
         for name in called:
             owned = [slices[name] for slices in (self.slices, by_block) if name in slices]
             for its_slices in owned:
                 self.slices_of.setdefault(its_slices.stack, {})[name] = its_slices
             layer = FacTLinear(vit.get_submodule(name))
             self.module.set_submodule(name, layer)
-            self.by_layer[layer] = {its_slices.stack: its_slices for its_slices in owned}
+            self.by_name[name] = layer, {its_slices.stack: its_slices for its_slices in owned}
         self.num_slices = stack_sizes([*self.slices.values(), *by_block.values()])  # in each stack
 
     @property
@@ -174,7 +174,10 @@ class PooledModel:
             )
             for name, head in self.heads.items()
         }
-        return MixedBatch(places, bank_in, slices=self.by_layer, heads=heads)
+        # A layer that no adapter of the batch adapts may be called with what belongs to no image, such as positions.
+        adapted = {name for spec in vectors_by_spec for name in spec.slices}
+        slices = {layer: owned for name, (layer, owned) in self.by_name.items() if name in adapted}
+        return MixedBatch(places, bank_in, slices=slices, heads=heads)
 
 
 def next_power_of_two(number: int) -> int:

@@ -154,6 +154,7 @@ class FacTStack(nn.Module, FacTLayer):
         """The factors of an adapter under their paper letters."""
         if self.unloaded:
             self.check_loaded(adapter_name)
+            self.unloaded.pop(adapter_name, None)  # an adapter that is used stays if other numbers are refused later
         names = ("U", "V", *self.decomposition(adapter_name).core_factors)
         return {name: self._onloaded(getattr(self, f"fact_{name}"), adapter_name) for name in names}
 

@@ -217,15 +217,18 @@ class FacTLinear(nn.Module, FacTLayer):
         return A.clone(memory_format=torch.contiguous_format), B.clone(memory_format=torch.contiguous_format)
 
     @ordinary_tensors()
-    def merged_weight(self, adapter_name: str, check: bool = False) -> Tensor:
-        """The base weight plus the increment: added in float32 or better, then cast back, and with `check` finite."""
-        merged = self._weight_plus(self._delta_weight(adapter_name))
+    def merged_weight(self, adapter_name: str, check: bool = False, weight: Tensor | None = None) -> Tensor:
+        """The base weight, or `weight`, plus the increment.
+
+        It is added in float32 or better, then cast back, and with `check` finite.
+        """
+        merged = self._weight_plus(self._delta_weight(adapter_name), weight)
         if check and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         return merged
 
-    def _weight_plus(self, delta: Tensor) -> Tensor:
-        weight = self.get_base_weight()
+    def _weight_plus(self, delta: Tensor, weight: Tensor | None = None) -> Tensor:
+        weight = self.get_base_weight() if weight is None else weight
         return (weight + delta.to(weight.device)).to(weight.dtype).contiguous()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

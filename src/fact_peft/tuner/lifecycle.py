@@ -58,12 +58,12 @@ def check_mergeable(model: nn.Module, adapter_names: list[str] | None, safe_merg
     for path, layer in model.named_modules():
         if not isinstance(layer, FacTLinear):
             continue
-        names = layer.active_adapters if adapter_names is None else adapter_names
+        names, weight = layer.active_adapters if adapter_names is None else adapter_names, None
         for name in [name for name in names if name in layer.fact_slices]:
             if reason := why_not_mergeable(layer):
                 raise ValueError(f"An increment cannot be merged into {path}: {reason}.")
             if safe_merge:
-                layer.merged_weight(name, check=True)
+                weight = layer.merged_weight(name, check=True, weight=weight)
 
 
 def why_not_mergeable(layer: FacTLinear) -> str | None:
@@ -117,6 +117,9 @@ def undo_injection(model: nn.Module, adapter_name: str, configs: dict[str, Any])
         remove_factors(base)
     if not any(isinstance(module, FacTLinear) for module in base.modules()):
         close_attentions(base)
+    if getattr(base, "peft_config", None) == {}:
+        del base.peft_config
+    unset_loaded(base)
 
 
 @contextmanager
@@ -144,6 +147,18 @@ def undo_awaiting(model: nn.Module, adapter_name: str) -> None:
         undo_injection(model, adapter_name, getattr(model, "peft_config", {}))
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def kept_if_refused(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Within the context, an adapter stays if numbers for it are refused, also if its own were never loaded."""
+    waiting = {stack: stack.unloaded.pop(adapter_name) for stack in own_stacks(model) if adapter_name in stack.unloaded}
+    try:
+        yield
+    except ValueError:
+        for stack, trained in waiting.items():
+            stack.unloaded[adapter_name] = trained
+        raise
 
 
 def stored_state_dict(config: FacTConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from ..adapter.field_checks import check_scale
 from ..adapter.names import FACTORS
 from ..architecture.linears import close_attentions, open_attentions
 from ..method.tensorization import stack_sizes
-from ..upstream import unset_loaded
+from ..upstream import ExcludedModule, unset_loaded
 from . import lifecycle
 from .adapter_names import using_adapters
 from .combination import sum_of_model
@@ -24,6 +24,7 @@ from .head import FacTHead, adopt_heads, cast_in_place
 from .layer import FacTLinear
 from .mixed_batch import calling_with, current_batch
 from .planning import is_targeted, resolve
+from .refusals import check_unwrapped
 
 
 class FacTModel(BaseTuner):
@@ -41,6 +42,10 @@ class FacTModel(BaseTuner):
     prefix = "fact_"
     tuner_layer_cls = FacTLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (as PEFT declares it)
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_unwrapped(model)
+        super().__init__(model, *args, **kwargs)
 
     @ordinary_tensors()
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +111,8 @@ class FacTModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         # `resolve` has found all targets. PEFT also wants to know whether a module is excluded.
-        return key in peft_config.slices or (peft_config.exclude_modules and is_targeted(peft_config, key))
+        answer = is_targeted(peft_config, key) if peft_config.exclude_modules else False
+        return answer if isinstance(answer, ExcludedModule) else key in peft_config.slices
 
     def _create_and_replace(
         self,
@@ -171,8 +177,8 @@ class FacTModel(BaseTuner):
         summed = sum_of_model(self.model, adapters, weights)
         self.peft_config[adapter_name] = summed.config
         self.inject_adapter(self.model, adapter_name)
-        summed.fill(self.model, adapter_name)
         self._cast_adapter_dtype(adapter_name)
+        summed.fill(self.model, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and the stacks that no other adapter uses.

@@ -29,8 +29,8 @@ def resolve(asked: FacTConfig, model: nn.Module, adapter_name: str = "default") 
 
     `asked` is the user's config, or that of a saved adapter, which has a layout. Nothing is changed.
     """
-    refusals.check_adapter_name(adapter_name)
     refusals.check_model(model)
+    refusals.check_adapter_name(adapter_name, model)
     config = copy.copy(asked)
     config.base_model_name_or_path = mark_local_folder(config.base_model_name_or_path)
     config.renaming = find_renaming(config.slices, model) if config.layout else UNCHANGED
@@ -109,8 +109,9 @@ def settle_targets(
         targets = default_targets(config, model)
     elif str(config.target_modules).lower() == "all-linear":
         include_all_linear_layers(config, model)
-        # PEFT finds modules only, and an in_proj is a parameter until it is adapted.
-        targets = {*config.target_modules, *(name for name in linears if name.rpartition(".")[2] == IN_PROJ)}
+        # PEFT also finds the insides of heads that are wrapped already. It finds modules only, and an in_proj is a
+        # parameter until it is adapted.
+        targets = {name for name in linears if name in config.target_modules or name.rpartition(".")[2] == IN_PROJ}
     else:
         return
     # With suffixes, a deeper model matches more layers than the layout lists, and the adapter is refused there.

@@ -10,18 +10,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..adapter.config import FacTConfig
-from ..adapter.names import FACTORS, first_few, inner_model, is_of_inner_adapter, names_in_others, parts_with
-from ..adapter.validation import is_trained
+from ..adapter.names import FACTORS, PREFIX, first_few, inner_model, is_of_inner_adapter, names_in_others, parts_with
+from ..adapter.validation import WRAPPED, is_trained
 from ..architecture.blocks import find_block_linears, find_blocks
 from ..architecture.heads import find_classifiers
-from ..architecture.linears import base_of, is_fused, part_names, walk
+from ..architecture.linears import base_of, find_linears, is_fused, part_names, uncompiled, walk
 from ..method.tensorization import PARTS, block_of, describe_layout, read_layout
-from .factors import FacTLayer, SharedFactors
+from .factors import FacTLayer, FacTStack, SharedFactors
 from .layer import FacTLinear, find_quantization
 from .lifecycle import own_factors, own_stacks
 
 # Attributes of the containers in which factors and heads are kept by adapter name; no adapter can have such a name.
 RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+# Parts of the names of factors, heads and biases in an adapted model.
+NAMES_AROUND = (FACTORS, *FacTStack.adapter_layer_names, f"{PREFIX}base_layer.weight", "bias", *WRAPPED)
 # The names that PEFT adds to `modules_to_save` for these tasks, whether the model has such modules or not.
 HEADS_OF_TASKS = {
     TaskType.SEQ_CLS: {"classifier", "score"},
@@ -30,16 +32,29 @@ HEADS_OF_TASKS = {
 }
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse a model that has adapters already, is sharded, or has an attribute with the name of the factors.
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse a model that PEFT or ``torch.compile`` has wrapped, before PEFT writes into its configs.
 
-    On a sharded model (FSDP2, tensor parallelism) every rank would have whole factors, whose gradients nothing sums.
+    The factors would lie on the wrapper, where they are not found, or have other names than in the file.
     """
     if isinstance(model, (PeftModel, BaseTuner)) and any(isinstance(module, FacTLayer) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has a FacT adapter already. Use model.add_adapter(name, config) or "
             "model.load_adapter(folder, name) for another one, or model.unload() to get the base model back."
         )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model is a {type(model).__name__} already; pass model.get_base_model(), which keeps its adapter."
+        )
+    if model is not uncompiled(model):
+        raise ValueError("The model is compiled already; adapt it first: torch.compile(get_peft_model(model, config)).")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that is sharded, or has an attribute with the name of the factors.
+
+    On a sharded model (FSDP2, tensor parallelism) every rank would have whole factors, whose gradients nothing sums.
+    """
     if not isinstance(getattr(model, FACTORS, SharedFactors()), SharedFactors):
         raise ValueError(
             f"{type(model).__name__} has an attribute {FACTORS!r} of its own, where FacT registers the shared factors; "
@@ -54,12 +69,23 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def check_adapter_name(adapter_name: str) -> None:
-    """Refuse names that cannot be keys of ``nn.ModuleDict`` and ``nn.ParameterDict``."""
+def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    """Refuse names that cannot be keys of ``nn.ModuleDict`` and ``nn.ParameterDict``, or would spoil other files.
+
+    PEFT leaves a tensor out of the file of an adapter if another adapter is called like a part of the tensor's name.
+    """
     if not adapter_name or "." in adapter_name or adapter_name in RESERVED:
         raise ValueError(
             f"adapter_name={adapter_name!r} cannot be the name of a parameter: it is empty, has a dot in it, or is an "
             "attribute of nn.ParameterDict or nn.ModuleDict (such as 'copy' or 'training'); choose another name."
+        )
+    adapters = own_factors(model).configs.keys() | {adapter_name}
+    names = [*NAMES_AROUND, *own_factors(model), *find_linears(model), *(name for name, _ in walk(model))]
+    taken = adapters & {part for name in names for part in name.split(".") if not part.isdigit()}
+    if taken and len(adapters) > 1:
+        raise ValueError(
+            f"The adapter name {min(taken)!r} is also a part of the name of a parameter of {type(model).__name__}. PEFT "
+            "would leave that parameter out of the files of the other adapters; choose another name."
         )
 
 
