@@ -84,8 +84,8 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     taken = adapters & {part for name in names for part in name.split(".") if not part.isdigit()}
     if taken and len(adapters) > 1:
         raise ValueError(
-            f"The adapter name {min(taken)!r} is also a part of the name of a parameter of {type(model).__name__}. PEFT "
-            "would leave that parameter out of the files of the other adapters; choose another name."
+            f"The adapter name {min(taken)!r} is also a part of the name of a parameter of {type(model).__name__}. "
+            "PEFT would leave that parameter out of the files of the other adapters; choose another name."
         )
 
 
