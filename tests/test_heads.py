@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fact_peft import FacTConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "segmentation.md").read_text()
-ROWS = re.findall(r"^\| (.+?) \| `(FacTConfig\(.*\))` \|", PAGE, re.MULTILINE)
+ROWS = re.findall(r"^\| (.+?)(?: \(.*\))? \| `(FacTConfig\(.*\))` \|", PAGE, re.MULTILINE)
 
 
 def of_pixels(size: int, num_labels: int = 2) -> dict[str, Tensor]:
