@@ -132,9 +132,7 @@ def by_start(family: str, start: Callable[..., nn.Module], rank: int) -> Method:
 
 DROPOUT = {
     "FacT-TT r=16, dropout": orthogonal("tt", 16, fact_dropout=0.1),
-    "FacT-TK r=32, dropout": orthogonal("tk", 32, 32 / 32**0.5, fact_dropout=0.1),
     "LoRA r=1, dropout": other("LoRA", LoraConfig, r=1, lora_alpha=1, lora_dropout=0.1),
-    "LoRA r=8, dropout": other("LoRA", LoraConfig, first_rate=2e-3, r=8, lora_alpha=8, lora_dropout=0.1),
 }
 FULL = partial(by_module, trains=lambda module, name: True)
 METHODS: dict[str, Method] = {

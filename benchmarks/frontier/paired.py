@@ -13,7 +13,7 @@ import pandas as pd
 
 from benchmarks.frontier.command_line import frontier_parser, parse
 from benchmarks.frontier.default import DEFAULT
-from benchmarks.frontier.report import best_rates, read, validation_means
+from benchmarks.frontier.report import at_best_rates, read, validation_means
 from benchmarks.reporting.markdown import table, write_generated
 
 # The methods that are compared with all others.
@@ -26,11 +26,6 @@ COMPARED = (
     "FacT-TT r=16, gradients",
 )
 UNTOUCHED = ("caltech101", "flowers89", "chars74k", "braintumor", "neu6", "rsscn7-scale", "dsprites-orient")
-
-
-def at_best_rates(runs: pd.DataFrame, choosing: list[str]) -> pd.DataFrame:
-    """The runs of every method at its rate."""
-    return runs.merge(pd.DataFrame(best_rates(runs, choosing).items(), columns=["method", "learning_rate"]))
 
 
 def difference(ours: pd.Series, theirs: pd.Series) -> str:

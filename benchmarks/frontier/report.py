@@ -87,10 +87,14 @@ def best_rates(runs: pd.DataFrame, choosing: list[str]) -> dict[str, float]:
     return {} if means.empty else {method: rate for method, rate in means.groupby("method").idxmax()}
 
 
+def at_best_rates(runs: pd.DataFrame, choosing: list[str]) -> pd.DataFrame:
+    """The runs of every method at its `best_rates`."""
+    return runs.merge(pd.DataFrame(best_rates(runs, choosing).items(), columns=["method", "learning_rate"]))
+
+
 def fixed(runs: pd.DataFrame, choosing: list[str]) -> pd.DataFrame:
     """Of every method the runs at its `best_rates`, on the tasks that had no part in choosing it."""
-    best = pd.DataFrame(best_rates(runs, choosing).items(), columns=["method", "learning_rate"])
-    return runs[~runs["task"].isin(choosing)].merge(best)
+    return at_best_rates(runs, choosing).loc[lambda kept: ~kept["task"].isin(choosing)]
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:

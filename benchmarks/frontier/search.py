@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from benchmarks.frontier.backbones import DEVICE, Backbone
-from benchmarks.frontier.losses import Loss, cross_entropy
+from benchmarks.frontier.losses import Loss
 from benchmarks.frontier.methods import FIRST_RATE, Method
 from benchmarks.frontier.tasks import Labelled, Task
 from benchmarks.reporting.results import Results
@@ -111,7 +111,7 @@ def train(
     parameters: list[dict],
     images: Labelled,
     protocol: Protocol,
-    loss_of: Loss = cross_entropy,
+    loss_of: Loss,
 ) -> float:
     """AdamW, a tenth of the steps warm-up, cosine decay.
 

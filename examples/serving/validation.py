@@ -122,8 +122,9 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         )
     try:
         image.load()
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip: scaled as for training, in rgb.py
             image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype("uint8"))
-        return ImageOps.exif_transpose(image)
+        return image
     except Exception as error:
         raise Refused(422, f"The {image.format} image cannot be decoded ({error}): it was probably cut off.") from error
